@@ -1,0 +1,46 @@
+"""diffrl: diffusion models and reinforcement learning on one small JAX core."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+
+setup(
+    name="diffrl",
+    version="0.1.0",
+    description="Diffusion models and reinforcement learning on one small JAX core",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["diffrl", "diffrl.*", "experiments"]),
+    package_data={"diffrl": ["py.typed"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.89",
+        "flax>=0.10.6",
+        "grain>=0.2.10",
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it
+        "jax>=0.10",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=1.26",
+        "optax>=0.2.4",
+        "orbax-checkpoint>=0.11",
+        "pillow>=10",
+        "scikit-learn>=1.4",
+        "scipy>=1.11",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.7",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
+        "dev": ["mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
+        # Reference implementations that tests compare with; never imported by the package.
+        "oracles": ["diffusers>=0.30", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*", "transformers>=4.44"],
+    },
+)

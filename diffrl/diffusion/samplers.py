@@ -1,0 +1,115 @@
+r"""Samplers: (init, step) pairs that walk from time t to time s < t.
+
+With x_0 the denoiser's estimate at x_t and eps = (x_t - alpha_t x_0) / sigma_t:
+
+    ancestral   x_s ~ N(mean of q(x_s | x_t, x_0), exp(v log beta + (1 - v) log beta~))
+    DDIM(eta)   x_s = alpha_s x_0 + sqrt(sigma_s^2 - std^2) eps + std z,   std^2 = eta^2 beta~
+    Euler       x_s / alpha_s = x_t / alpha_t + (u_s - u_t) eps,           u = sigma / alpha
+    Heun        the same with the mean of eps at both ends
+
+where beta = sigma_{t|s}^2 is the forward step's variance and beta~ the posterior's.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from diffrl.diffusion.prediction import Denoiser, to_eps
+from diffrl.diffusion.process import (
+    Process,
+    posterior_mean,
+    posterior_variance,
+    transition_share,
+    transition_variance,
+)
+from diffrl.diffusion.sampling import Info, Sampler, State, normal
+
+Array = jax.Array
+
+
+def _at(t: Array, x: Array) -> Array:
+    """A scalar time as the [B] that denoisers take."""
+    return jnp.full(x.shape[:1], t, x.dtype)
+
+
+def ancestral(
+    process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False
+) -> Sampler:
+    """DDPM's sampler (Ho et al., 2020, algorithm 2).
+
+    interpolation: v in [0, 1]; 0 is the posterior's variance, 1 the forward step's (DDPM's "fixed small" and "fixed large").
+    learned: v comes with the estimate, from a denoiser made by `prediction.with_variance` (Nichol & Dhariwal, 2021).
+    The step into sigma = 0 adds no noise.
+    """
+
+    def step(keys, state, t, s, cond):
+        x = state.x
+        x0, v = denoise(x, _at(t, x), cond) if learned else (denoise(x, _at(t, x), cond), interpolation)
+        mean = posterior_mean(process, x0, x, t, s)
+        last = process.sigma(s) == 0
+        small = jnp.where(last, 1.0, posterior_variance(process, t, s))
+        large = jnp.where(last, 1.0, transition_variance(process, t, s))
+        std = jnp.where(last, 0.0, jnp.exp(0.5 * (v * jnp.log(large) + (1.0 - v) * jnp.log(small))))
+        return State(mean + std * normal(keys, x)), Info(x0, mean, std)
+
+    return Sampler(State, step)
+
+
+def ddim(process: Process, denoise: Denoiser, eta: float = 0.0) -> Sampler:
+    """DDIM (Song et al., 2021, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's posterior variance."""
+
+    def step(keys, state, t, s, cond):
+        x = state.x
+        x0 = denoise(x, _at(t, x), cond)
+        eps = to_eps(process, x, t, x0)
+        share = eta**2 * transition_share(process, t, s)
+        sigma = process.sigma(s)
+        mean = process.alpha(s) * x0 + sigma * jnp.sqrt(1.0 - share) * eps
+        std = sigma * jnp.sqrt(share)
+        # eta is a Python number, so the deterministic sampler draws nothing.
+        new = mean + std * normal(keys, x) if eta else mean
+        return State(new), Info(x0, mean, std)
+
+    return Sampler(State, step)
+
+
+def euler(process: Process, denoise: Denoiser) -> Sampler:
+    """Euler's method for the probability-flow ODE in u = sigma / alpha (Karras et al., 2022, algorithm 1, first order).
+
+    In u the ODE is d(x / alpha) / du = eps, and in sigma / (alpha + sigma), rectified flow's time, it is
+    d(x / (alpha + sigma)) / du = eps - x_0.  Euler's step is the same in both and is DDIM's with eta = 0; that form is used,
+    since it is finite at alpha = 0 too.
+    """
+    return ddim(process, denoise)
+
+
+def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
+    """Heun's method for the probability-flow ODE (Karras et al., 2022, algorithm 1 without churn): second order.
+
+    flow=False integrates in u = sigma / alpha, as EDM does; flow=True in u = sigma / (alpha + sigma), which is rectified
+    flow's t and finite at alpha = 0.  Two network calls a step, one on the step into sigma = 0 (and, in EDM's variable, out of
+    alpha = 0), which is Euler's.
+    """
+    k = 1.0 if flow else 0.0
+
+    def line(t):  # x = scale x_bar, and x_bar moves along d x_bar / du = eps - k x_0
+        scale = process.alpha(t) + k * process.sigma(t)
+        return scale, process.sigma(t) / scale
+
+    def step(keys, state, t, s, cond):
+        del keys
+        x = state.x
+        x0 = denoise(x, _at(t, x), cond)
+        eps = to_eps(process, x, t, x0)
+        euler_x = process.alpha(s) * x0 + process.sigma(s) * eps
+
+        def corrected(_):
+            x0_s = denoise(euler_x, _at(s, x), cond)
+            (scale_t, u_t), (scale_s, u_s) = line(t), line(s)
+            direction = 0.5 * ((eps - k * x0) + (to_eps(process, euler_x, s, x0_s) - k * x0_s))
+            return scale_s * (x / scale_t + (u_s - u_t) * direction)
+
+        finite = (process.sigma(s) > 0) & (process.alpha(t) + k * process.sigma(t) > 0)
+        new = jax.lax.cond(finite, corrected, lambda _: euler_x, None)
+        return State(new), Info(x0, new, jnp.zeros((), x.dtype))
+
+    return Sampler(State, step)

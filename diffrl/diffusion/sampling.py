@@ -1,0 +1,91 @@
+"""What a sampler is, the one loop over time, and the randomness of samples.
+
+Every sample owns a key; step n of sample i draws from fold_in(key_i, n).  Sample i's noise is therefore bitwise the same
+whatever the batch size or the number of devices, and a large job can be cut into chunks that keep their ids.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffrl.diffusion.process import Process
+
+Array = jax.Array
+
+# The fold that draws x at the grid's start; steps use 0, 1, 2, ...
+START = np.uint32(2**32 - 1)
+
+
+class State(NamedTuple):
+    """x [B, ...], and what a multistep method remembers."""
+
+    x: Array
+    memory: Any = ()
+
+
+class Info(NamedTuple):
+    """The step's Gaussian N(mean, std^2), std broadcasting against mean, and the estimate of x_0 behind it."""
+
+    x0: Array
+    mean: Array
+    std: Array
+
+
+class Sampler(NamedTuple):
+    """init: x -> state.  step: (keys [B], state, t, s, cond) -> (state, info), from time t to time s, both scalars."""
+
+    init: Callable[[Array], State]
+    step: Callable[[Array, State, Array, Array, Any], tuple[State, Info]]
+
+
+def sample_keys(key: Array, batch: int) -> Array:
+    """[B] keys from one key, by fold_in(key, i); [B] keys are passed through."""
+    if key.ndim:
+        return key
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+
+
+def fold(keys: Array, data: Any) -> Array:
+    """fold_in(key_i, data) for each of the keys [B]."""
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
+
+
+def normal(keys: Array, x: Array) -> Array:
+    """Standard normal noise like `x` [B, ...], sample i's from key i."""
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
+def start(process: Process, key: Array, shape: tuple[int, ...], t: float = 1.0, dtype=jnp.float32) -> Array:
+    """x_t ~ N(0, sigma(t)^2) of `shape` [B, ...]: where a sampler starts."""
+    like = jnp.zeros(shape, dtype)
+    return process.sigma(jnp.asarray(t)).astype(dtype) * normal(fold(sample_keys(key, shape[0]), START), like)
+
+
+def sample(
+    sampler: Sampler,
+    key: Array,
+    x: Array,
+    times: Array,
+    cond: Any = None,
+    trace: bool | Callable[[Array, Info], Any] = False,
+) -> Any:
+    """Walks `sampler` along `times` [N + 1] from `x` [B, ...] (see `start`), in one scan.
+
+    key: one key (sample i uses fold_in(key, i)) or [B] keys.  cond: a tree whose leaves have leading axis B.
+    Returns x at times[-1]; with `trace=True` also (x, info) after every step, stacked on a new leading axis [N], or, where
+    `trace` is a function, what it keeps of (x, info).
+    """
+    keys = sample_keys(key, x.shape[0])
+    keep = trace if callable(trace) else (lambda x, info: (x, info))
+
+    def body(state, step):
+        n, t, s = step
+        state, info = sampler.step(fold(keys, n), state, t, s, cond)
+        return state, keep(state.x, info) if trace else None
+
+    steps = (jnp.arange(len(times) - 1), times[:-1], times[1:])
+    state, kept = jax.lax.scan(body, sampler.init(x), steps)
+    return (state.x, kept) if trace else state.x

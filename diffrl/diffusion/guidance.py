@@ -22,8 +22,8 @@ def _on_x0(change: Callable[[Array], Array], estimate: Any) -> Any:
 def classifier_free(denoise: Denoiser, scale: float | Array, null: Any) -> Denoiser:
     """(1 - s) u + s c, the unconditional and the conditional estimate, from one doubled batch (Ho & Salimans, 2022).
 
-    scale: s, a number or [B]; 0 is unconditional and 1 conditional, bitwise.  null: a tree like `cond` that stands for "no
-    condition"; its leaves broadcast against those of `cond`.  The paper's w is s - 1.
+    scale: s, a number or [B]; 0 is unconditional and 1 conditional, bitwise (the paper's w is s - 1).
+    null: a tree like `cond` that stands for "no condition"; its leaves broadcast against those of `cond`.
     """
 
     def guided(x, t, cond):

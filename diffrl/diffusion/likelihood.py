@@ -1,18 +1,20 @@
 r"""Bits per dimension: the variational bound of a T-step model with a discretised decoder.
 
-    -log p(x_0) <= KL(q(x_1 | x_0) || p(x_1)) + sum_{n=2}^{T} E KL(q(x_{n-1} | x_n, x_0) || p(x_{n-1} | x_n)) - E log p(x_0 | x_1)
+    -log p(x_0) <= KL(q(x_T | x_0) || p(x_T))
+                   + sum_{n=2}^{T} E KL(q(x_{n-1} | x_n, x_0) || p(x_{n-1} | x_n)) - E log p(x_0 | x_1)
 
 Ho et al. (2020), eq. 5; Nichol & Dhariwal (2021) for the learned variance.  Data are 8-bit values mapped to [-1, 1] by
 x / 127.5 - 1.  The reverse variance interpolates, in log space, between the posterior's (v = 0) and the forward
 step's (v = 1); at n = 1, where the posterior's is 0, that of n = 2 stands in.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import (
     Process,
     add_noise,
@@ -33,7 +35,7 @@ def to_bits(nats: Array) -> Array:
     return nats.reshape(nats.shape[0], -1).mean(axis=1) / jnp.log(2.0)
 
 
-def gaussian_kl(mean_q: Array, log_var_q: Array, mean_p: Array, log_var_p: Array) -> Array:
+def gaussian_kl(mean_q: Array, log_var_q: Array, mean_p: ArrayLike, log_var_p: Array) -> Array:
     """KL(q || p) of two normal distributions, entry by entry, in nats."""
     ratio = log_var_q - log_var_p
     return 0.5 * (jnp.expm1(ratio) - ratio + (mean_q - mean_p) ** 2 * jnp.exp(-log_var_p))
@@ -42,8 +44,8 @@ def gaussian_kl(mean_q: Array, log_var_q: Array, mean_p: Array, log_var_p: Array
 def discretised_log_likelihood(x0: Array, mean: Array, log_var: Array) -> Array:
     """log of N(mean, var)'s mass on the bin of each 8-bit value, in nats; the end bins reach to infinity.
 
-    x0 lies on the 256 values in [-1, 1] (DDPM, eq. 13).  The mass is a difference of log cdfs taken on the side where it
-    does not cancel, so that it keeps its precision, and its gradient, far out in the tails.
+    x0 lies on the 256 values in [-1, 1] (DDPM, eq. 13).  The mass is a difference of log cdfs taken on the side where
+    it does not cancel, so that it keeps its precision, and its gradient, far out in the tails.
     """
     inverse_std = jnp.exp(-0.5 * log_var)
     # Mirror so that the bin lies left of the mean: there both cdfs are small and their difference is exact.
@@ -61,7 +63,7 @@ def discretised_log_likelihood(x0: Array, mean: Array, log_var: Array) -> Array:
 
 def bound_term(
     process: Process,
-    denoise: Denoiser,
+    denoise: Callable[..., Any],
     grid: Array,
     n: Array,
     x0: Array,
@@ -98,7 +100,7 @@ def prior_term(process: Process, x0: Array) -> Array:
 
 def variational_bound(
     process: Process,
-    denoise: Denoiser,
+    denoise: Callable[..., Any],
     grid: Array,
     key: Array,
     x0: Array,
@@ -108,8 +110,8 @@ def variational_bound(
 ) -> dict[str, Array]:
     """The whole bound, one draw of x_t for each of the N terms: N network calls.
 
-    key: one key, or [B].  Returns bits per dimension: "total" [B], "prior" [B] and "terms" [N, B], where terms[0] is the
-    decoder's.
+    key: one key, or [B].  Returns bits per dimension: "total" [B], "prior" [B] and "terms" [N, B], where terms[0] is
+    the decoder's.
     """
     keys = sample_keys(key, x0.shape[0])
 

@@ -2,11 +2,11 @@ r"""Denoising objectives and their weightings.
 
     L = E_{t, eps} [ w(t) (d x_0 / d y)^2 || y_theta(x_t, t) - y ||^2 ]  ~  E [ w(t) || x_0_theta(x_t, t) - x_0 ||^2 ]
 
-The error is taken in the head's own space; a weighting w(t) is stated once, for the error in x_0, and carried over by the
-head's slope.  `weight=None` leaves the head's error unweighted: with `eps_head` that is DDPM's L_simple.
+The error is taken in the head's own space; a weighting w(t) is stated once, for the error in x_0, and carried over by
+the head's slope.  `weight=None` leaves the head's error unweighted: with `eps_head` that is DDPM's L_simple.
 
-An objective is `(model, x0, cond, keys) -> (loss [B], metrics {name: [B]})`, where `model` is `(x_t, t, cond) -> y`, x0 is
-[B, ...] and keys is [B]: a mean over samples, whose draws for sample i come from key i alone.
+An objective is `(model, x0, cond, keys) -> (loss [B], metrics {name: [B]})`, where `model` is `(x_t, t, cond) -> y`,
+x0 is [B, ...] and keys is [B]: a mean over samples, whose draws for sample i come from key i alone.
 """
 
 from collections.abc import Callable
@@ -55,8 +55,8 @@ def hybrid(
 ) -> Objective:
     """L_simple + scale * L_vlb of improved DDPM: learns the variance (Nichol & Dhariwal, 2021, eq. 16).
 
-    `grid` [N + 1] rises from 0; the model outputs 2 C channels (see `prediction.with_variance`).  The bound, in bits per
-    dimension and estimated from one of its N terms, does not move the mean.
+    `grid` [N + 1] rises from 0; the model outputs 2 C channels (see `prediction.with_variance`).  The bound, in bits
+    per dimension and estimated from one of its N terms, does not move the mean.
     """
     num = len(grid) - 1
 

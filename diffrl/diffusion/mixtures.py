@@ -54,7 +54,7 @@ def log_density(m: Mixture, process: Process, x: Array, t: Array) -> Array:
 
 
 def denoiser(m: Mixture, process: Process) -> Denoiser:
-    """The exact E[x_0 | x_t], for x [B, D]; ignores its condition.  Needs sigma(t) > 0 where a covariance is singular."""
+    """The exact E[x_0 | x_t] for x [B, D], whatever the condition; singular covariances need sigma(t) > 0."""
 
     def denoise(x, t, cond=None):
         del cond

@@ -36,7 +36,8 @@ def ancestral(
 ) -> Sampler:
     """DDPM's sampler (Ho et al., 2020, algorithm 2).
 
-    interpolation: v in [0, 1]; 0 is the posterior's variance, 1 the forward step's (DDPM's "fixed small" and "fixed large").
+    interpolation: v in [0, 1]; 0 is the posterior's variance, 1 the forward step's (DDPM's "fixed small" and "fixed
+    large").
     learned: v comes with the estimate, from a denoiser made by `prediction.with_variance` (Nichol & Dhariwal, 2021).
     The step into sigma = 0 adds no noise.
     """
@@ -76,8 +77,8 @@ def euler(process: Process, denoise: Denoiser) -> Sampler:
     """Euler's method for the probability-flow ODE in u = sigma / alpha (Karras et al., 2022, algorithm 1, first order).
 
     In u the ODE is d(x / alpha) / du = eps, and in sigma / (alpha + sigma), rectified flow's time, it is
-    d(x / (alpha + sigma)) / du = eps - x_0.  Euler's step is the same in both and is DDIM's with eta = 0; that form is used,
-    since it is finite at alpha = 0 too.
+    d(x / (alpha + sigma)) / du = eps - x_0.  Euler's step is the same in both and is DDIM's with eta = 0; that form is
+    used, since it is finite at alpha = 0 too.
     """
     return ddim(process, denoise)
 
@@ -85,9 +86,9 @@ def euler(process: Process, denoise: Denoiser) -> Sampler:
 def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
     """Heun's method for the probability-flow ODE (Karras et al., 2022, algorithm 1 without churn): second order.
 
-    flow=False integrates in u = sigma / alpha, as EDM does; flow=True in u = sigma / (alpha + sigma), which is rectified
-    flow's t and finite at alpha = 0.  Two network calls a step, one on the step into sigma = 0 (and, in EDM's variable, out of
-    alpha = 0), which is Euler's.
+    flow=False integrates in u = sigma / alpha, as EDM does; flow=True in u = sigma / (alpha + sigma), which is
+    rectified flow's t and finite at alpha = 0.  Two network calls a step; one on the step into sigma = 0 (and, in EDM's
+    variable, out of alpha = 0), which is Euler's.
     """
     k = 1.0 if flow else 0.0
 

@@ -1,7 +1,7 @@
 """What a sampler is, the one loop over time, and the randomness of samples.
 
-Every sample owns a key; step n of sample i draws from fold_in(key_i, n).  Sample i's noise is therefore bitwise the same
-whatever the batch size or the number of devices, and a large job can be cut into chunks that keep their ids.
+Every sample owns a key; step n of sample i draws from fold_in(key_i, n).  Sample i's noise is therefore bitwise the
+same whatever the batch size or the number of devices, and a large job can be cut into chunks that keep their ids.
 """
 
 from collections.abc import Callable
@@ -75,8 +75,8 @@ def sample(
     """Walks `sampler` along `times` [N + 1] from `x` [B, ...] (see `start`), in one scan.
 
     key: one key (sample i uses fold_in(key, i)) or [B] keys.  cond: a tree whose leaves have leading axis B.
-    Returns x at times[-1]; with `trace=True` also (x, info) after every step, stacked on a new leading axis [N], or, where
-    `trace` is a function, what it keeps of (x, info).
+    Returns x at times[-1]; with `trace=True` also (x, info) after every step, stacked on a new leading axis [N], or,
+    where `trace` is a function, what it keeps of (x, info).
     """
     keys = sample_keys(key, x.shape[0])
     keep = trace if callable(trace) else (lambda x, info: (x, info))

@@ -2,13 +2,15 @@
 
     d²(a, b) = |mu_a - mu_b|² + tr(S_a + S_b) - 2 tr (S_a^½ S_b S_a^½)^½
 
-Dowson & Landau, "The Fréchet distance between multivariate normal distributions", 1982; on Inception features it is
-the FID of Heusel et al., arXiv:1706.08500.  The features come from a function that is passed in, and a distance is
-only as meaningful as they are: on any other network it is named after that network (FD-ResNet56), never FID.
+Dowson & Landau, "The Fréchet distance between multivariate normal distributions", 1982; on Inception features
+it is the FID of Heusel et al., arXiv:1706.08500.  The features come from a function that is passed in, and a
+distance is only as meaningful as they are: on any other network it is named after that network (FD-ResNet56),
+never FID.
 
-Everything is exact and in float64.  Moments stream: they need O(D²) memory however many samples there are, and
-partial ones (from hosts, from shards) merge in any order.  The distance is biased upwards at a finite number of
-samples, so a value means something only beside that of real data at the same number: `against_real` gives both.
+Everything is exact and in float64.  Moments stream: they need O(D²) memory however many samples there are,
+and partial ones (from hosts, from shards) merge in any order.  The distance is biased upwards at a finite
+number of samples, so a value means something only beside that of real data at the same number: `against_real`
+gives both.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,9 +22,9 @@ from diffrl.errors import UserError
 
 
 class Moments(NamedTuple):
-    """Sufficient statistics of a Gaussian fitted to `count` feature vectors of dimension D."""
+    """Sufficient statistics of a Gaussian fitted to n feature vectors of dimension D."""
 
-    count: int
+    n: int
     mean: np.ndarray  # [D] float64
     scatter: np.ndarray  # [D, D] float64: the sum of (f - mean)(f - mean)ᵀ
 
@@ -34,7 +36,7 @@ class Moments(NamedTuple):
     @property
     def covariance(self) -> np.ndarray:
         """The unbiased covariance [D, D]; needs two samples."""
-        return self.scatter / (self.count - 1)
+        return self.scatter / (self.n - 1)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -46,13 +48,13 @@ def merge(a: Moments, b: Moments) -> Moments:
         raise UserError(
             f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both"
         )
-    count = a.count + b.count
-    if count == 0:
+    n = a.n + b.n
+    if n == 0:
         return a
     delta = b.mean - a.mean
-    mean = a.mean + delta * (b.count / count)
-    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.count * b.count / count)
-    return Moments(count, mean, scatter)
+    mean = a.mean + delta * (b.n / n)
+    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.n * b.n / n)
+    return Moments(n, mean, scatter)
 
 
 def update(moments: Moments, features: np.ndarray) -> Moments:
@@ -86,9 +88,9 @@ def moments(extract: Callable, batches: Iterable) -> Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared distance d²(a, b) >= 0, which is what the literature reports as FID.
 
-    With any factors S = F Fᵀ the cross term is the nuclear norm of F_aᵀ F_b.  It is taken that way, from symmetric
-    eigendecompositions and singular values, because the usual matrix square root of S_a S_b is complex or undefined
-    when a covariance is singular, that is with fewer samples than features.
+    With any factors S = F Fᵀ the cross term is the nuclear norm of F_aᵀ F_b.  It is taken that way, from
+    symmetric eigendecompositions and singular values, because the usual matrix square root of S_a S_b is
+    complex or undefined when a covariance is singular, that is with fewer samples than features.
 
     Raises UserError where a side has fewer than two samples or the dimensions differ.
     """
@@ -96,9 +98,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         raise UserError(
             f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both"
         )
-    if min(a.count, b.count) < 2:
+    if min(a.n, b.n) < 2:
         raise UserError(
-            f"Fréchet distance of {a.count} and {b.count} samples: a covariance needs at least 2 on each side"
+            f"Fréchet distance of {a.n} and {b.n} samples: a covariance needs at least 2 on each side"
         )
     cov_a, cov_b = a.covariance, b.covariance
     cross = np.linalg.svd(_factor(cov_a).T @ _factor(cov_b), compute_uv=False).sum()
@@ -117,15 +119,16 @@ class Score(NamedTuple):
 
     distance: float
     real: float  # the floor: a perfect generator would score this, not zero
-    count: int  # samples on the tested side
-    reference: int  # real samples on the other
+    samples: int  # how many were scored
+    reference: int  # against how many real ones
 
 
 def against_real(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> Score:
     """Scores generated features [N, D] against real ones [M, D], beside real ones against real ones.
 
-    The real rows are shuffled and split without overlap into a probe of n = min(N, M // 2) and a reference of M - n; the first
-    n generated rows and the probe are compared with that one reference, so both values carry the same bias.
+    The real rows are shuffled and split without overlap into a probe of n = min(N, M // 2) and a reference of
+    M - n; the first n generated rows and the probe are compared with that one reference, so both values carry
+    the same bias.
     """
     n = min(len(generated), len(real) // 2)
     order = np.random.default_rng(seed).permutation(len(real))

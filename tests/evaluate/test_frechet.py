@@ -60,7 +60,7 @@ def test_singular_covariances():
 def test_streaming_equals_numpy_far_from_the_origin():
     features = np.random.default_rng(3).normal(size=(1000, 5)) @ np.diag([1, 2, 3, 4, 5]) + 1e4
     streamed = frechet.moments(lambda x: x, np.split(features, [1, 10, 500, 500, 999]))
-    assert streamed.count == 1000
+    assert streamed.n == 1000
     np.testing.assert_allclose(streamed.mean, features.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(streamed.covariance, np.cov(features.T), rtol=1e-10, atol=1e-10)
 
@@ -91,10 +91,10 @@ def test_against_real_compares_equal_numbers_without_overlap():
     rng = np.random.default_rng(5)
     real = rng.normal(size=(900, 4))
     good = frechet.against_real(rng.normal(size=(300, 4)), real)
-    assert (good.count, good.reference) == (300, 600)
+    assert (good.samples, good.reference) == (300, 600)
     assert 0.2 < good.distance / good.real < 5
     shifted = frechet.against_real(rng.normal(size=(5000, 4)) + 1, real)
-    assert (shifted.count, shifted.reference) == (450, 450)
+    assert (shifted.samples, shifted.reference) == (450, 450)
     assert shifted.distance == pytest.approx(4.0, rel=0.2)
     # Copies of the reference would score below the floor only if probe and reference overlapped.
     assert good.real > 1e-3

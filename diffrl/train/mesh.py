@@ -1,0 +1,197 @@
+"""The only place that knows devices: meshes, shardings, and the ways to map a pure step over them.
+
+The usual form is `compile_step(global_step(update), mesh, state)`: one program for the global batch, batches split over
+the axes "data" and "fsdp", the state replicated or, over "fsdp", split as well (ZeRO, arXiv:1910.02054, as XLA's
+partitioner does it).  `shard_map_step` and `pmap_step` map the same update by hand, with a mean over devices as its
+`reduce`; they exist for those who want the collectives explicit.
+"""
+
+import dataclasses
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diffrl.errors import UserError
+from diffrl.train.state import batch_keys
+from diffrl.train.step import batch_size
+
+BATCH_AXES = ("data", "fsdp")
+# Below this many elements, gathering a leaf costs more than keeping it everywhere.
+SMALL = 2**14
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis; one of them may be -1 = all that remain.
+
+    Attributes:
+        data: splits the batch, replicates the state.
+        fsdp: splits the batch and the state.
+        tensor: reserved for networks that split their own layers; the rest is replicated over it.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def init_distributed():
+    """Joins the other processes, if the environment says that there are any; call it before any other use of jax.
+
+    Coordinator, process count and index come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where they
+    are set, and from the cluster (SLURM, Open MPI, TPU pod, Kubernetes) otherwise.  DIFFRL_DISTRIBUTED=1 asks for it, 0 forbids it.
+    """
+    env = os.environ
+    several = any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    asked = env.get("DIFFRL_DISTRIBUTED", "1" if "JAX_COORDINATOR_ADDRESS" in env or several else "0")
+    if asked == "0":
+        return
+    count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
+    jax.distributed.initialize(
+        env.get("JAX_COORDINATOR_ADDRESS"),
+        num_processes=None if count is None else int(count),
+        process_id=None if index is None else int(index),
+    )
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> jax.sharding.Mesh:
+    """A mesh with axes ("data", "fsdp", "tensor") over `devices` (default: all).
+
+    Raises:
+        UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: "
+            "their product must be that number (one of them may be -1)"
+        )
+    return jax.make_mesh(sizes, ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+
+
+def state_sharding(mesh, state, small=SMALL):
+    """A tree of shardings for a state: leaves above `small` elements are split over "fsdp", all others replicated.
+
+    The axis to split is the largest that the mesh divides; a leaf without one stays whole.
+    """
+    parts = mesh.shape["fsdp"]
+
+    def sharding(leaf):
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or leaf.size <= small or not axes:
+            return NamedSharding(mesh, P())
+        split = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*[None] * split, "fsdp"))
+
+    return jax.tree.map(sharding, state)
+
+
+def place(mesh, state, small=SMALL):
+    """A copy of a state, spread over the mesh as `state_sharding` says (every process must hold the same values)."""
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small))
+    return copy(jax.tree.map(_to_host, state) if jax.process_count() > 1 else state)
+
+
+def batch_sharding(mesh, inner=False):
+    """Batches [B, ...], or [k, B, ...] if `inner`, split over "data" and "fsdp"."""
+    return NamedSharding(mesh, P(None, BATCH_AXES) if inner else P(BATCH_AXES))
+
+
+def put_batch(mesh, inner=False):
+    """A function from this process's part of a batch (numpy) to the global arrays on the devices.
+
+    The function raises UserError if the global batch does not divide among the devices.
+    """
+    sharding = batch_sharding(mesh, inner)
+
+    def put(batch):
+        local = jax.tree.leaves(batch)[0].shape[int(inner)]
+        _check_batch(local * jax.process_count(), mesh)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+    return put
+
+
+def compile_step(step, mesh, state, *, inner=False, small=SMALL):
+    """`jit` of `(state, batch) -> (state, metrics)` over the mesh; the old state's memory is given to the new one.
+
+    Args:
+        step: from `step.global_step`, or `step.repeat` of it.
+        state: concrete or abstract; only its shapes are used.
+        inner: whether batches are [k, B, ...].
+    """
+    spread = state_sharding(mesh, state, small)
+    return jax.jit(
+        step,
+        in_shardings=(spread, batch_sharding(mesh, inner)),
+        out_shardings=(spread, NamedSharding(mesh, P())),
+        donate_argnums=0,
+    )
+
+
+def shard_map_step(make_update, mesh):
+    """The step with its collectives written out: `(state, batch) -> (state, metrics)`, to be compiled as usual.
+
+    Args:
+        make_update: `step.make_update` with all but `reduce` filled in.
+    """
+    update = make_update(reduce=_mean_over(BATCH_AXES))
+    split = P(BATCH_AXES)
+    # check_vma would insert a second sum over devices into the gradients of the replicated parameters.
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), split, split), out_specs=(P(), P()), check_vma=False)
+    return lambda state, batch: mapped(state, batch, batch_keys(state, batch_size(batch)))
+
+
+def pmap_step(make_update, devices=None):
+    """The step through `jax.pmap`, on the devices of one process: batches come in whole and are cut here.
+
+    Args:
+        make_update: `step.make_update` with all but `reduce` filled in.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    update = make_update(reduce=_mean_over("device"))
+    mapped = jax.pmap(update, "device", in_axes=(None, 0, 0), out_axes=(None, None), devices=devices)
+    line = jax.make_mesh((len(devices),), ("device",), (AxisType.Auto,), devices=devices)
+
+    def step(state, batch):
+        size = batch_size(batch)
+        if size % len(devices):
+            raise _indivisible(size, len(devices))
+        cut = lambda x: x.reshape(len(devices), size // len(devices), *x.shape[1:])
+        parts = jax.tree.map(cut, (batch, batch_keys(state, size)))
+        # pmap refuses arrays that already lie on devices in another layout, keys above all.
+        state, parts = jax.device_put((state, parts), (NamedSharding(line, P()), NamedSharding(line, P("device"))))
+        return mapped(state, *parts)
+
+    return step
+
+
+def _mean_over(axes):
+    """The mean over devices of a tree's real leaves; keys and counters are the same everywhere."""
+
+    def mean(leaf):
+        return jax.lax.pmean(leaf, axes) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return lambda tree: jax.tree.map(mean, tree)
+
+
+def _check_batch(size, mesh):
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if size % devices:
+        raise _indivisible(size, devices)
+
+
+def _indivisible(size, devices):
+    return UserError(f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}")
+
+
+def _to_host(leaf):
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jax.device_get(leaf)

@@ -1,8 +1,8 @@
 """Scaled dot-product attention, softmax(q kᵀ / √H) v (Vaswani et al. 2017, arXiv:1706.03762).
 
-One entry point for every network, so that the choice of kernel is made once: cuDNN's fused kernel never writes the [T, S]
-logits to memory (Dao et al. 2022, arXiv:2205.14135) but exists only for half precision, certain head sizes
-and CUDA; everything else, TPUs and CPUs included, takes XLA's.
+One entry point for every network, so that the choice of kernel is made once: cuDNN's fused kernel never
+writes the [T, S] logits to memory (Dao et al. 2022, arXiv:2205.14135) but exists only for half precision,
+certain head sizes and CUDA; everything else, TPUs and CPUs included, takes XLA's.
 """
 
 from typing import Literal

@@ -93,8 +93,9 @@ class LabelEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, labels: Array) -> Array:
-        init = nn.initializers.normal(1.0)
-        return nn.Embed(self.num_classes + 1, self.features, embedding_init=init, name="table")(labels)
+        rows = (self.num_classes + 1, self.features)
+        table = self.param("table", nn.initializers.normal(1.0), rows)
+        return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def _half(width: int) -> int:

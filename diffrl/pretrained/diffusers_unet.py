@@ -1,0 +1,258 @@
+"""Hugging Face diffusers' `UNet2DModel` (google/ddpm-cifar10-32 and its kin) as our U-Net, name by name.
+
+    ours                                diffusers
+    conv_in, norm_out, conv_out         conv_in, conv_norm_out, conv_out
+    time_embedding/dense_{0,1}          time_embedding.linear_{1,2}
+    label_embedding                     class_embedding
+    down_{l}_{block,attention}_{i}      down_blocks.{l}.{resnets,attentions}.{i}
+    down_{l}_resample                   down_blocks.{l}.downsamplers.0
+    mid_block_{i}, mid_attention        mid_block.resnets.{i}, mid_block.attentions.0
+    up_{l}_{block,attention}_{i}        up_blocks.{L-1-l}.{resnets,attentions}.{i}
+    up_{l}_resample                     up_blocks.{L-1-l}.upsamplers.0
+    norm_0, conv_0, embedding           norm1, conv1, time_emb_proj
+    norm_1, conv_1, shortcut            norm2, conv2, conv_shortcut
+    norm, qkv, out                      group_norm, to_q + to_k + to_v, to_out.0
+
+Both of our ways count levels from the finest.  The published networks take t = n - 1 in 0 ... 999 for step n.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffrl.errors import UserError
+from diffrl.nets.unet import UNet
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Options of diffusers that our U-Net does not have, and the values at which both are the same network.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "downsample_padding": (0, 1),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+}
+
+MODULES = {
+    "conv_in": "conv_in",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+    "time_embedding": "time_embedding",
+    "dense_0": "linear_1",
+    "dense_1": "linear_2",
+    "label_embedding": "class_embedding",
+    "norm_0": "norm1",
+    "conv_0": "conv1",
+    "embedding": "time_emb_proj",
+    "norm_1": "norm2",
+    "conv_1": "conv2",
+    "shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "out": "to_out.0",
+}
+
+# Files written before diffusers 0.15 call the four projections of an attention so.
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+
+def load(path: str | pathlib.Path) -> tuple[UNet, dict]:
+    """Reads a folder that diffusers' `save_pretrained` wrote: that of a model, or of a pipeline with one in `unet/`.
+
+    Returns:
+        The network and its params, for `unet.apply({"params": params}, x, t)`.
+
+    Raises:
+        UserError: a file or the safetensors package is missing, or the architecture is not one of ours.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "unet").is_dir():
+        folder = folder / "unet"
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}; point to a folder of diffusers' save_pretrained")
+    try:
+        from safetensors.numpy import load_file
+    except ImportError:
+        raise UserError(
+            "reading .safetensors needs a package; pip install safetensors, or diffrl[oracles]"
+        ) from None
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return unet_from_config(config), params_from_diffusers(load_file(folder / WEIGHTS), config)
+
+
+def unet_from_config(config: Mapping[str, Any]) -> UNet:
+    """The U-Net of a `UNet2DModel`'s config, for inputs of its `sample_size`, on which the attention's places depend.
+
+    Raises:
+        UserError: the config asks for something that our U-Net does not have.
+    """
+    for key, values in FIXED.items():
+        if config.get(key, values[-1]) not in values:
+            raise _unsupported(key, config[key])
+    scale_shift = config.get("resnet_time_scale_shift") == "scale_shift"
+    groups = config["norm_num_groups"]
+    # The default is no norm at all before the middle attention of a scale-shift network.
+    if (config.get("attn_norm_num_groups") or (None if scale_shift else groups)) != groups:
+        raise _unsupported("attn_norm_num_groups", config.get("attn_norm_num_groups"))
+    widths = config["block_out_channels"]
+    if any(width % widths[0] for width in widths):
+        raise _unsupported("block_out_channels", widths)
+    return UNet(
+        out_channels=config["out_channels"],
+        channels=widths[0],
+        multipliers=tuple(width // widths[0] for width in widths),
+        blocks=config["layers_per_block"],
+        attention=_attention_sizes(config),
+        head_dim=config.get("attention_head_dim", 8),
+        scale_shift=scale_shift,
+        resample_blocks=_resamples_by_blocks(config),
+        dropout=config.get("dropout", 0.0),
+        num_classes=config.get("num_class_embeds"),
+        cos_first=config["flip_sin_to_cos"],
+        freq_shift=config["freq_shift"],
+        groups=groups,
+        norm_eps=config["norm_eps"],
+        downsample_padding=(config.get("downsample_padding", 1), 1),
+    )
+
+
+def params_from_diffusers(weights: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict:
+    """The parameters of `unet_from_config(config)`, float32, from a `UNet2DModel`'s state dict.
+
+    diffusers has no null class: its row is zero, which leaves the time embedding as it is.
+
+    Raises:
+        UserError: a weight is missing, is left over or has another shape than the config says.
+    """
+    unet, size = unet_from_config(config), config["sample_size"]
+    x = jax.ShapeDtypeStruct((1, size, size, config["in_channels"]), jnp.float32)
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))[
+        "params"
+    ]
+    unused = {_modern_name(name): weight for name, weight in weights.items()}
+
+    def take(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        path = [key.key for key in keys]
+        parts = [
+            _take(unused, name, _part_shape(path, leaf.shape))
+            for name in _sources(path, len(unet.multipliers))
+        ]
+        return jnp.asarray(_assemble(path, parts).reshape(leaf.shape))
+
+    params = jax.tree_util.tree_map_with_path(take, shapes)
+    if unused:
+        raise UserError(
+            f"the weights hold {min(unused)}, which the config does not; they belong to another model"
+        )
+    return params
+
+
+def _attention_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:
+    down = [name.startswith("Attn") for name in config["down_block_types"]]
+    up = [name.startswith("Attn") for name in config["up_block_types"]]
+    if down != up[::-1]:
+        raise _unsupported("up_block_types", config["up_block_types"])
+    if not isinstance(config.get("sample_size"), int):
+        raise _unsupported("sample_size", config.get("sample_size"))
+    return tuple(config["sample_size"] >> level for level, attends in enumerate(down) if attends)
+
+
+def _resamples_by_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether residual blocks resample; at the attending levels that is an option beside the block's type."""
+    down, up = config["down_block_types"], config["up_block_types"]
+    by_type = {"DownBlock2D": "conv", "UpBlock2D": "conv"}
+    by_type |= {"ResnetDownsampleBlock2D": "resnet", "ResnetUpsampleBlock2D": "resnet"}
+    by_type["AttnDownBlock2D"] = config.get("downsample_type") or "conv"
+    by_type["AttnUpBlock2D"] = config.get("upsample_type") or "conv"
+    for name in (*down, *up):
+        if name not in by_type:
+            raise _unsupported("block type", name)
+    # The last block of each way does not resample.
+    kinds = {by_type[name] for name in (*down[:-1], *up[:-1])}
+    if len(kinds) > 1:
+        raise _unsupported("down_block_types", f"{down} with both kinds of resampling")
+    return kinds == {"resnet"}
+
+
+def _unsupported(key: str, value: Any) -> UserError:
+    return UserError(f"diffusers' {key}={value} has no counterpart in our U-Net; load another checkpoint")
+
+
+def _modern_name(name: str) -> str:
+    for old, new in OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _sources(path: list[str], levels: int) -> list[str]:
+    """The weights of diffusers that make up the parameter at `path`."""
+    top, *inner, leaf = path
+    prefix = _prefix(top, levels)
+    if top.endswith("_resample") and not inner:
+        prefix += ".conv"
+    names = ["to_q", "to_k", "to_v"] if inner == ["qkv"] else [".".join(MODULES[name] for name in inner)]
+    kind = "bias" if leaf == "bias" else "weight"
+    return [".".join(filter(None, (prefix, name, kind))) for name in names]
+
+
+def _prefix(top: str, levels: int) -> str:
+    kinds = {"block": "resnets", "attention": "attentions"}
+    match top.split("_"):
+        case ["mid", "attention"]:
+            return "mid_block.attentions.0"
+        case ["mid", "block", i]:
+            return f"mid_block.resnets.{i}"
+        case ["down", level, "resample"]:
+            return f"down_blocks.{level}.downsamplers.0"
+        case ["up", level, "resample"]:
+            return f"up_blocks.{levels - 1 - int(level)}.upsamplers.0"
+        case ["down", level, kind, i]:
+            return f"down_blocks.{level}.{kinds[kind]}.{i}"
+        case ["up", level, kind, i]:
+            return f"up_blocks.{levels - 1 - int(level)}.{kinds[kind]}.{i}"
+    return MODULES[top]
+
+
+def _part_shape(path: list[str], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape, in our order of axes, of each weight that the parameter of this shape is made of."""
+    if "qkv" in path:
+        *inputs, _, heads, head_dim = shape
+        return (*inputs, heads * head_dim)
+    if path[-1] == "table":
+        return (shape[0] - 1, shape[1])
+    return shape
+
+
+def _take(unused: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Takes a weight out of `unused`, with the axes of ours: [..., inputs, outputs] for [outputs, inputs, ...]."""
+    if name not in unused:
+        raise UserError(f"the weights lack {name}, which the config asks for; they belong to another model")
+    weight = np.asarray(unused.pop(name), np.float32)
+    if not name.startswith("class_embedding"):
+        weight = np.moveaxis(weight, (0, 1), (-1, -2)) if weight.ndim > 1 else weight
+    # A shortcut may be stored as a convolution of width 1.
+    ours = weight.reshape(weight.shape[-2:]) if weight.shape[:-2] == (1, 1) else weight
+    if ours.shape != shape:
+        raise UserError(
+            f"the weight {name} has shape {ours.shape}, the config asks for {shape} (in our axes)"
+        )
+    return ours
+
+
+def _assemble(path: list[str], parts: list[np.ndarray]) -> np.ndarray:
+    if "qkv" in path:
+        return np.stack(parts, axis=-2)
+    if path[-1] == "table":
+        return np.pad(parts[0], ((0, 1), (0, 0)))
+    return parts[0]

@@ -1,0 +1,1 @@
+"""Where arrays come from: one file per origin, one pipeline for all."""

@@ -128,7 +128,8 @@ def against_real(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> Scor
 
     The real rows are shuffled and split without overlap into a probe of n = min(N, M // 2) and a reference of
     M - n; the first n generated rows and the probe are compared with that one reference, so both values carry
-    the same bias.
+    the same bias.  A sample in the exact class proportions of the data can score below `real`, where they
+    fluctuate.
     """
     n = min(len(generated), len(real) // 2)
     order = np.random.default_rng(seed).permutation(len(real))

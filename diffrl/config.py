@@ -13,11 +13,13 @@ and is then driven by
 
     python -m experiments.NAME --preset=cifar10 --workdir=DIR --mode=sample --config.optim.learning_rate=3e-4
 
-The base is the `--preset` if one is given, else what the workdir has saved, else the first preset; flags then
-replace single leaves.  The first mode makes a run and saves its config as `<workdir>/config.json`; a resume with
-another config says what differs and stops, unless the leaf is `free` or `--accept_changes` is given.  The other
-modes need a run and save nothing.  ml_collections' config_flags reads the values; names, None and the types inside
-tuples are checked here, so that every mistake is one line.
+The first mode makes a run.  Its base is the `--preset` if one is given, else what the workdir has saved, else the
+first preset; flags replace single leaves of it, and `<workdir>/config.json` saves the whole.  A resume with another
+config says what differs and stops, unless the leaf is `free` or `--accept_changes` is given.  The other modes start
+from what the run has saved, and save nothing.
+
+ml_collections' config_flags reads the values; names, None and the types inside tuples are checked here, so that
+every mistake is one line.
 """
 
 import copy
@@ -89,8 +91,8 @@ def run(
       argv: arguments without the program's name; those of the process if None.
 
     Raises:
-      SystemExit: 2 after a `UserError`, a full disk or a path that may not be touched, 130 after Ctrl-C, each with
-        one line on stderr.  Any other exception passes with its traceback.
+      SystemExit: 2 after a `UserError`, a full disk or a path without permission, 130 after Ctrl-C, each with one
+        line on stderr.  Any other exception passes with its traceback.
     """
     try:
         _run(main, presets, modes or ("train",), setup, sys.argv[1:] if argv is None else argv)
@@ -103,25 +105,23 @@ def run(
 def parse(
     argv: Sequence[str], presets: Presets, modes: Sequence[str] = ("train",), name: str = "experiment"
 ) -> tuple[Any, Run, dict[str, str]]:
-    """Arguments without the program's name -> (config, run, what differs from the config saved in the workdir).
+    """Arguments without the program's name -> (config, run, what differs from the workdir's config.json).
 
     Raises:
-      UserError: for whatever is wrong with the arguments or with the saved file; in the first mode also where the
-        config differs from the saved one in more than free leaves, and that was not accepted.
+      UserError: for whatever is wrong with the arguments or with the saved file; in the first mode also where
+        the config differs from the saved one in more than free leaves, and that was not accepted.
     """
     top, rest = _top_flags(argv, presets, modes)
     workdir = pathlib.Path(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}")
     saved = read(workdir)
-    if saved is None and top.mode != modes[0]:
-        raise UserError(
-            f"{workdir}: no run here (no {FILE}); make one with --mode={modes[0]} or mend --workdir"
-        )
+    if top.mode != modes[0]:
+        _must_hold_run(workdir, saved, top.preset, modes[0])
 
-    preset = top.preset or str((saved or {}).get("preset"))
+    preset = top.preset or (saved["preset"] if saved is not None else "")
     if preset not in presets:
         preset = next(iter(presets))
     config = copy.deepcopy(presets[preset]())
-    if saved is not None and top.preset is None:
+    if saved is not None and (top.preset is None or top.mode != modes[0]):
         config = from_dict(config, saved["config"])
     for path, text in _overrides(rest, leaves(config)).items():
         config = _override(config, path, text)
@@ -224,6 +224,15 @@ def _top_flags(argv: Sequence[str], presets: Presets, modes: Sequence[str]) -> t
 def _one_of(flag: str, value: str, names: Sequence[str]) -> None:
     if value not in names:
         raise UserError(f"{flag}={value}: expected one of {', '.join(names)}{did_you_mean(value, names)}")
+
+
+def _must_hold_run(
+    workdir: pathlib.Path, saved: Mapping[str, Any] | None, preset: str | None, mode: str
+) -> None:
+    if saved is None:
+        raise UserError(f"{workdir}: no run here (no {FILE}); make one with --mode={mode} or mend --workdir")
+    if preset not in (None, saved["preset"]):
+        raise UserError(f"--preset={preset}: {workdir} holds a run of {saved['preset']}; leave --preset out")
 
 
 def _overrides(arguments: Iterable[str], known: Mapping[str, Leaf]) -> dict[str, str]:

@@ -26,7 +26,7 @@ config, with the values of {preset} (* may change when a run goes on):
 def help_text(
     doc: str, name: str, presets: Mapping[str, Callable[[], Any]], modes: Sequence[str], preset: str
 ) -> str:
-    """Everything that can be said on the command line of experiments/`name`.py, with the values of `preset`."""
+    """Everything that can be said to experiments/`name`.py, with the values of `preset`."""
     return _HELP.format(
         doc=inspect.cleandoc(doc),
         name=name,

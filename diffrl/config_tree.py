@@ -153,4 +153,4 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error}); mend it or choose another --workdir") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path}: holds no config; mend it or choose another --workdir")
-    return saved
+    return {"preset": "", **saved}

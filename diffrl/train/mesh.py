@@ -42,8 +42,9 @@ class MeshConfig:
 def init_distributed():
     """Joins the other processes, if the environment says that there are any; call it before any other use of jax.
 
-    Coordinator, process count and index come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID where they
-    are set, and from the cluster (SLURM, Open MPI, TPU pod, Kubernetes) otherwise.  DIFFRL_DISTRIBUTED=1 asks for it, 0 forbids it.
+    Coordinator, process count and index come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    where they are set, and from the cluster (SLURM, Open MPI, TPU pod, Kubernetes) otherwise.  DIFFRL_DISTRIBUTED=1
+    asks for it where neither shows, as on a TPU pod; 0 forbids it.
     """
     env = os.environ
     several = any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
@@ -96,7 +97,9 @@ def state_sharding(mesh, state, small=SMALL):
 
 def place(mesh, state, small=SMALL):
     """A copy of a state, spread over the mesh as `state_sharding` says (every process must hold the same values)."""
-    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small))
+    copy = jax.jit(
+        lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small)
+    )
     return copy(jax.tree.map(_to_host, state) if jax.process_count() > 1 else state)
 
 
@@ -146,7 +149,9 @@ def shard_map_step(make_update, mesh):
     update = make_update(reduce=_mean_over(BATCH_AXES))
     split = P(BATCH_AXES)
     # check_vma would insert a second sum over devices into the gradients of the replicated parameters.
-    mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), split, split), out_specs=(P(), P()), check_vma=False)
+    mapped = jax.shard_map(
+        update, mesh=mesh, in_specs=(P(), split, split), out_specs=(P(), P()), check_vma=False
+    )
     return lambda state, batch: mapped(state, batch, batch_keys(state, batch_size(batch)))
 
 
@@ -165,10 +170,14 @@ def pmap_step(make_update, devices=None):
         size = batch_size(batch)
         if size % len(devices):
             raise _indivisible(size, len(devices))
-        cut = lambda x: x.reshape(len(devices), size // len(devices), *x.shape[1:])
-        parts = jax.tree.map(cut, (batch, batch_keys(state, size)))
+        parts = jax.tree.map(
+            lambda x: x.reshape(len(devices), size // len(devices), *x.shape[1:]),
+            (batch, batch_keys(state, size)),
+        )
         # pmap refuses arrays that already lie on devices in another layout, keys above all.
-        state, parts = jax.device_put((state, parts), (NamedSharding(line, P()), NamedSharding(line, P("device"))))
+        state, parts = jax.device_put(
+            (state, parts), (NamedSharding(line, P()), NamedSharding(line, P("device")))
+        )
         return mapped(state, *parts)
 
     return step
@@ -190,7 +199,9 @@ def _check_batch(size, mesh):
 
 
 def _indivisible(size, devices):
-    return UserError(f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}")
+    return UserError(
+        f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}"
+    )
 
 
 def _to_host(leaf):

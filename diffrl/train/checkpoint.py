@@ -1,0 +1,250 @@
+"""Checkpoints that are either whole or not used: the only place that knows Orbax.
+
+A checkpoint is a folder named by its step:
+
+    120/state/          the arrays of the TrainState by name, written by Orbax in the background
+    120/contents.json   shape and dtype of every array, and where the data iterators stood
+    120/manifest.json   sha256 of every file above; written last, it is what makes the checkpoint exist
+
+Orbax alone restores some damaged checkpoints silently (one flipped byte in an array's chunk is enough), hence the
+sums.  They are verified before anything is read; a checkpoint that fails is set aside and the one before it used.
+"""
+
+import concurrent.futures
+import json
+import logging
+import pathlib
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from diffrl.errors import UserError
+from diffrl.train import manifest
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last; every process of the run makes one, over the same shared folder.
+
+    Args:
+        folder: where they lie; made if it is absent.
+        keep: how many to keep; older ones go once a newer one is whole.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+
+    def __init__(self, folder, keep=3):
+        if keep < 1:
+            raise UserError(f"keep={keep} checkpoints: keep at least 1")
+        self.folder, self.keep = pathlib.Path(folder).absolute(), keep
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.folder}: {error.strerror}; choose another --workdir"
+            ) from error
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: concurrent.futures.Future | None = None
+        logging.getLogger("absl").addFilter(_not_orbax)
+
+    def steps(self) -> list[int]:
+        """The steps of all finished checkpoints, ascending."""
+        return sorted(int(path.name) for path in self._folders() if manifest.sealed(path))
+
+    def save(self, step, state, data_state=None):
+        """Starts to save; returns as soon as the arrays are copied, so that the state may then be donated.
+
+        Args:
+            step: the number of updates done.
+            state: a TrainState; typed keys are allowed anywhere in it.
+            data_state: a JSON-able dict, this process's position in its data.
+
+        Raises:
+            UserError: this step exists already, or this save or the one before it could not be written.
+        """
+        self.wait()
+        path = self.folder / str(step)
+        if step in self.steps():
+            raise UserError(f"checkpoint {path} exists already: resume from it or choose another --workdir")
+        arrays = _named(jax.tree.map(_plain, state))
+        contents = {
+            "leaves": {name: _describe(leaf) for name, leaf in _named(state).items()},
+            "data": _gather(data_state or {}),
+        }
+        try:
+            if jax.process_index() == 0:
+                shutil.rmtree(path, ignore_errors=True)  # what an interrupted save left
+                path.mkdir()
+            self._orbax.save(path / "state", args=ocp.args.PyTreeSave(arrays))
+        except (OSError, ValueError) as error:
+            raise self._failed(path, error) from error
+        self._pending = self._thread.submit(self._finish, path, contents)
+
+    def restore(self, like):
+        """The newest readable checkpoint as (state, data_state), or None if there is none.
+
+        A damaged one is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
+
+        Args:
+            like: a TrainState of arrays or jax.ShapeDtypeStructs; gives structure, dtypes and shardings.
+
+        Raises:
+            UserError: the checkpoint holds another model, or the data positions of another number of processes.
+        """
+        self.wait()
+        step = self._newest_whole() if jax.process_index() == 0 else 0
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+        if step < 0:
+            return None
+        path = self.folder / str(step)
+        contents = json.loads((path / "contents.json").read_text())
+        _check_leaves(
+            path, contents["leaves"], {name: _describe(leaf) for name, leaf in _named(like).items()}
+        )
+        if len(contents["data"]) != jax.process_count():
+            raise UserError(
+                f"{path} holds the data positions of {len(contents['data'])} processes and this run has "
+                f"{jax.process_count()}: start as many as before"
+            )
+        return self._read(path, like), contents["data"][jax.process_index()]
+
+    def wait(self):
+        """Blocks until the save under way is whole; raises UserError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self):
+        """Waits, then ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
+            logging.getLogger("absl").removeFilter(_not_orbax)
+
+    def _folders(self):
+        return [path for path in self.folder.iterdir() if path.name.isdigit()]
+
+    def _finish(self, path, contents):
+        """In the background: waits for Orbax, writes the sums, deletes what is older than the `keep` newest."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() > 0:
+                return
+            manifest.write_json(path / "contents.json", contents)
+            manifest.seal(path)
+            oldest = self.steps()[-self.keep :][0]
+            for old in self._folders():
+                if int(old.name) < oldest:
+                    manifest.unseal(old)
+                    shutil.rmtree(old, ignore_errors=True)
+        except (OSError, ValueError) as error:
+            raise self._failed(path, error) from error
+
+    def _failed(self, path, error):
+        """The one line for a save that the disk refused (a ValueError, if Tensorstore says so); frees what it took."""
+        if jax.process_index() == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        reason = str(error).splitlines()[0].split(": ")[-1].split(" [os_error")[0]
+        kept = ", ".join(map(str, self.steps())) or "none yet"
+        return UserError(
+            f"cannot save {path}: {reason}; free space or choose another --workdir (kept checkpoints: {kept})"
+        )
+
+    def _newest_whole(self):
+        """The newest step whose files have their sums, or -1; says which ones above it are not used, and why."""
+        for path in sorted(self._folders(), key=lambda path: -int(path.name)):
+            if not manifest.sealed(path):
+                _say(f"checkpoint {path} was never finished: not used")
+            elif damage := manifest.damage(path):
+                aside = next(
+                    p
+                    for n in range(1000)
+                    if not (p := path.with_name(f"{path.name}.corrupt{n or ''}")).exists()
+                )
+                path.rename(aside)
+                _say(f"checkpoint {path} is damaged ({damage}): kept as {aside.name}, trying the one before")
+            else:
+                return int(path.name)
+        return -1
+
+    def _read(self, path, like):
+        """The state at `path` in the structure, dtypes and shardings of `like`."""
+        plain = jax.eval_shape(lambda tree: jax.tree.map(_plain, tree), like)
+        shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or jnp.zeros(()).sharding, like)
+        args = jax.tree.map(
+            lambda leaf, place: ocp.ArrayRestoreArgs(
+                sharding=place, global_shape=leaf.shape, dtype=leaf.dtype
+            ),
+            plain,
+            shardings,
+        )
+        restore = ocp.args.PyTreeRestore(item=_named(plain), restore_args=_named(args))
+        arrays = self._orbax.restore(path / "state", args=restore)
+        leaves = [arrays[name] for name in _named(plain)]
+        return jax.tree.map(_wrap, like, jax.tree.unflatten(jax.tree.structure(like), leaves))
+
+
+def _say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def _named(tree):
+    """{"params/Dense_0/kernel": leaf, ...}, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf):
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _wrap(like, data):
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if _is_key(like) else data
+
+
+def _describe(leaf):
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _check_leaves(path, saved, wanted):
+    """Raises UserError naming the first leaves in which a checkpoint and the present model differ."""
+    names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    if names:
+        show = [
+            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+            for name in names[:3]
+        ]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{path} holds another model: {'; '.join(show)}{more}: use its config or another --workdir"
+        )
+
+
+def _gather(data_state):
+    """The data states of all processes, in their order."""
+    if jax.process_count() == 1:
+        return [data_state]
+    text = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
+    width = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size), constant_values=ord(" ")))
+    return [json.loads(row.tobytes()) for row in np.asarray(rows, np.uint8)]
+
+
+def _not_orbax(record):
+    """Orbax logs a failed save as five tracebacks before it raises it; our one line says the same."""
+    return "/orbax/" not in record.pathname

@@ -173,5 +173,5 @@ def test_architectures_that_differ_are_refused(change):
 
 def test_missing_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors"):
+    with pytest.raises(UserError, match=diffusers_unet.WEIGHTS):
         diffusers_unet.load(tmp_path)

@@ -13,7 +13,7 @@ LEVELS = 16  # largest pixel value of the original
 
 
 def digits(split: str = "train") -> Source:
-    """uint8 [8, 8, 1] and labels 0..9; pixel p of the original is `round(255 p / 16)`, so `round(16 x / 255)` is p.
+    """uint8 [8, 8, 1] and labels 0..9; pixel p of the original is `round(255 p / 16)`, so `round(x * (16 / 255))` is p.
 
     The split is stratified and the same on every machine: of each class, in the order of the file, every fifth
     example is for "test" (355 in all), the other four for "train" (1,442).  "all" is both, in the order of the file.

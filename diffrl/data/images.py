@@ -55,9 +55,10 @@ def fit(image: Image.Image, size: int = 0, channels: int = 0) -> np.ndarray:
     image = _convert(image, channels)
     if size:
         side = min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        # Not resize(box=...), whose filter looks at what lies outside of the box.
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize((size, size), Image.Resampling.BICUBIC)
     x = np.asarray(image)
     return x[..., None] if x.ndim == 2 else x
 

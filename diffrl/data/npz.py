@@ -40,7 +40,7 @@ def npz(path: str, split: str = "train") -> Source:
         raise UserError(f"cannot read {path}: {error}; write it with numpy.savez") from error
     if x.ndim == 3:
         x = x[..., None]
-    if x.ndim == 4 and x.dtype != np.uint8:
+    if x.ndim == 4 and np.issubdtype(x.dtype, np.floating):
         _check_range(x, name)
     return from_arrays(x, label, name=name)
 

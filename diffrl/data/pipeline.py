@@ -1,29 +1,18 @@
-"""From a source to batches: global shuffle, the share of one host, flips, and [-1, 1] floats.
+"""From a source to batches: ordered by `order`, fetched, mirrored, and as floats in [-1, 1].
 
-The order of all examples, over all epochs, is one endless sequence (each epoch a fresh permutation), of which batch n
-is the n-th run of `batch_size` positions, and host h of P the h-th of P equal parts of that run.  So everything about
-a batch is a function of (seed, n):
-
-- the global batch is the same for every number of hosts, and its order too;
-- the state of the iterator is one integer, whatever the number of threads and worker processes;
-- an epoch's permutation is drawn at once by NumPy.  (Grain's own `shuffle` maps one index at a time, at 6 us each
-  several times what the rest of the pipeline costs for a set in memory.)
-
-Grain does the rest: it assembles batches ahead of time on threads or in worker processes, in order.
+Grain assembles the batches ahead of time, on threads or in worker processes, and gives them in order.  As each is a
+function of its number, that number is all the state there is.
 """
 
-import dataclasses
 import functools
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
 
+from diffrl.data.order import Order, Share
 from diffrl.data.source import Batch, Source
 from diffrl.errors import UserError
-
-SHUFFLE, FLIP = 0, 1  # what a random stream is for: its seed is (seed, purpose, epoch or step)
 
 
 def loader(
@@ -77,7 +66,7 @@ def loader(
         if batch_size % count:
             raise UserError(
                 f"batch size {batch_size} is not divisible by {count} {what}: "
-                f"take {max(1, batch_size // count) * count} or {(batch_size // count + 1) * count}"
+                f"take {(batch_size // count + 1) * count}, say"
             )
     if flip and len(source.shape) != 3:
         raise UserError(
@@ -93,67 +82,6 @@ def loader(
         )
     threads = threads or (1 if source.in_memory else 4)
     return Loader(grain.MapDataset.source(order).map(functools.partial(assemble, source)), workers, threads)
-
-
-class Share(NamedTuple):
-    """What one host must fetch for one batch."""
-
-    indices: np.ndarray  # [b] into the source
-    flip: np.ndarray | None  # bool [b]
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """Batch number -> this host's share of it: a random-access data source in Grain's sense.
-
-    The length is `sys.maxsize` where the data repeat for ever.
-    """
-
-    size: int
-    batch_size: int
-    seed: int
-    shuffle: bool
-    epochs: int | None
-    drop_remainder: bool
-    flip: bool
-    process_index: int
-    process_count: int
-
-    def __len__(self) -> int:
-        if self.epochs is None:
-            return sys.maxsize
-        whole, rest = divmod(self.size * self.epochs, self.batch_size)
-        return whole + (rest > 0 and not self.drop_remainder)
-
-    def __getitem__(self, step: int) -> Share:
-        start = step * self.batch_size
-        count = self.batch_size
-        if self.epochs is not None:
-            count = min(count, self.size * self.epochs - start)
-        low = self.process_index * count // self.process_count
-        high = (self.process_index + 1) * count // self.process_count
-        flip = None
-        if self.flip:  # drawn for the global batch, so that it does not depend on the number of hosts
-            flip = np.random.default_rng([self.seed, FLIP, step]).random(count)[low:high] < 0.5
-        return Share(self._indices(start + low, start + high), flip)
-
-    def _indices(self, start: int, stop: int) -> np.ndarray:
-        """Positions start .. stop - 1 of the endless sequence of epochs."""
-        parts = [np.empty(0, np.int64)]
-        while start < stop:
-            epoch, offset = divmod(start, self.size)
-            part = self._epoch(epoch)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        return _permutation(self.size, self.seed, epoch) if self.shuffle else np.arange(self.size)
-
-
-@functools.lru_cache(maxsize=4)  # two loaders, each on either side of an epoch's end
-def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, SHUFFLE, epoch]).permutation(size)
 
 
 def assemble(source: Source, share: Share) -> Batch:

@@ -51,10 +51,12 @@ def grid_means() -> np.ndarray:
 
 
 def eight_gaussians(rng: np.random.Generator, n: int) -> Points:
+    """Eight equal Gaussians on a circle."""
     return _gaussians(rng, n, ring_means(), RING_STD)
 
 
 def grid(rng: np.random.Generator, n: int) -> Points:
+    """25 equal Gaussians on a square grid."""
     return _gaussians(rng, n, grid_means(), GRID_STD)
 
 

@@ -19,12 +19,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from diffrl.errors import UserError
-from diffrl.train import manifest
+from diffrl.train import manifest, mesh
 
 
 class Checkpoints:
@@ -74,8 +72,8 @@ class Checkpoints:
             raise UserError(f"checkpoint {path} exists already: resume from it or choose another --workdir")
         arrays = _named(jax.tree.map(_plain, state))
         contents = {
-            "leaves": {name: _describe(leaf) for name, leaf in _named(state).items()},
-            "data": _gather(data_state or {}),
+            "leaves": _described(state),
+            "data": mesh.gather_json(data_state or {}),
         }
         try:
             if jax.process_index() == 0:
@@ -98,16 +96,12 @@ class Checkpoints:
             UserError: the checkpoint holds another model, or the data positions of another number of processes.
         """
         self.wait()
-        step = self._newest_whole() if jax.process_index() == 0 else 0
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int64(step)))
+        step = mesh.first_process_decides(self._newest_whole)
         if step < 0:
             return None
         path = self.folder / str(step)
         contents = json.loads((path / "contents.json").read_text())
-        _check_leaves(
-            path, contents["leaves"], {name: _describe(leaf) for name, leaf in _named(like).items()}
-        )
+        _check_leaves(path, contents["leaves"], _described(like))
         if len(contents["data"]) != jax.process_count():
             raise UserError(
                 f"{path} holds the data positions of {len(contents['data'])} processes and this run has "
@@ -165,11 +159,9 @@ class Checkpoints:
             if not manifest.sealed(path):
                 _say(f"checkpoint {path} was never finished: not used")
             elif damage := manifest.damage(path):
-                aside = next(
-                    p
-                    for n in range(1000)
-                    if not (p := path.with_name(f"{path.name}.corrupt{n or ''}")).exists()
-                )
+                aside = path.with_name(f"{path.name}.corrupt")
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}+")
                 path.rename(aside)
                 _say(f"checkpoint {path} is damaged ({damage}): kept as {aside.name}, trying the one before")
             else:
@@ -179,13 +171,15 @@ class Checkpoints:
     def _read(self, path, like):
         """The state at `path` in the structure, dtypes and shardings of `like`."""
         plain = jax.eval_shape(lambda tree: jax.tree.map(_plain, tree), like)
-        shardings = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None) or jnp.zeros(()).sharding, like)
+        default = jnp.zeros(()).sharding
         args = jax.tree.map(
-            lambda leaf, place: ocp.ArrayRestoreArgs(
-                sharding=place, global_shape=leaf.shape, dtype=leaf.dtype
+            lambda leaf, shape: ocp.ArrayRestoreArgs(
+                dtype=shape.dtype,
+                global_shape=shape.shape,
+                sharding=getattr(leaf, "sharding", None) or default,
             ),
+            like,
             plain,
-            shardings,
         )
         restore = ocp.args.PyTreeRestore(item=_named(plain), restore_args=_named(args))
         arrays = self._orbax.restore(path / "state", args=restore)
@@ -217,8 +211,9 @@ def _wrap(like, data):
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if _is_key(like) else data
 
 
-def _describe(leaf):
-    return f"{leaf.dtype}{list(leaf.shape)}"
+def _described(tree):
+    """{"params/Dense_0/kernel": "float32[3, 4]", ...}"""
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in _named(tree).items()}
 
 
 def _check_leaves(path, saved, wanted):
@@ -233,16 +228,6 @@ def _check_leaves(path, saved, wanted):
         raise UserError(
             f"{path} holds another model: {'; '.join(show)}{more}: use its config or another --workdir"
         )
-
-
-def _gather(data_state):
-    """The data states of all processes, in their order."""
-    if jax.process_count() == 1:
-        return [data_state]
-    text = np.frombuffer(json.dumps(data_state).encode(), np.uint8)
-    width = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
-    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size), constant_values=ord(" ")))
-    return [json.loads(row.tobytes()) for row in np.asarray(rows, np.uint8)]
 
 
 def _not_orbax(record):

@@ -6,9 +6,9 @@ import threading
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 
 from diffrl.errors import UserError
+from diffrl.train import mesh
 from diffrl.train.feed import Collected, Stream
 from diffrl.train.report import NotFinite, Report
 
@@ -100,6 +100,8 @@ def fit(
                 if stop:
                     raise _stopped(stop, done, checkpoints)
             report.close(done)
+            if checkpoints is not None:
+                checkpoints.wait()
             return state
         except NotFinite as error:
             raise UserError(
@@ -144,9 +146,7 @@ class _Signals:
 
     def received(self, step):
         """The number of the signal that all processes should obey after this step, or 0."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            return signal.SIGTERM
-        return self._number
+        return signal.SIGTERM if mesh.preempted(step) else self._number
 
     def _note(self, number, _):
         if number == self._number == signal.SIGINT:

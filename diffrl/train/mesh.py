@@ -7,11 +7,14 @@ partitioner does it).  `shard_map_step` and `pmap_step` map the same update by h
 """
 
 import dataclasses
+import json
 import math
 import os
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -100,7 +103,7 @@ def place(mesh, state, small=SMALL):
     copy = jax.jit(
         lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small)
     )
-    return copy(jax.tree.map(_to_host, state) if jax.process_count() > 1 else state)
+    return copy(state)
 
 
 def batch_sharding(mesh, inner=False):
@@ -121,6 +124,19 @@ def put_batch(mesh, inner=False):
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
     return put
+
+
+def put_global(mesh, tree):
+    """Whole numpy arrays [B, ...], the same on every process, as global arrays split over "data" and "fsdp"."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda part: x[part]), tree)
+
+
+def fetch(array) -> np.ndarray:
+    """The whole of a global array as numpy, on every process."""
+    if jax.process_count() > 1:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def compile_step(step, mesh, state, *, inner=False, small=SMALL):
@@ -183,6 +199,28 @@ def pmap_step(make_update, devices=None):
     return step
 
 
+def first_process_decides(choose) -> int:
+    """`choose()`, called on the first process only, and its answer told to all."""
+    choice = choose() if jax.process_index() == 0 else 0
+    return int(multihost_utils.broadcast_one_to_all(np.int32(choice))) if jax.process_count() > 1 else choice
+
+
+def gather_json(value) -> list:
+    """Every process's JSON-able value, in the order of the processes; on one process a list of one copy."""
+    line = json.dumps(value)
+    if jax.process_count() == 1:
+        return [json.loads(line)]
+    text = np.frombuffer(line.encode(), np.uint8)
+    width = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    rows = multihost_utils.process_allgather(np.pad(text, (0, width - text.size), constant_values=ord(" ")))
+    return [json.loads(row.tobytes()) for row in np.asarray(rows, np.uint8)]
+
+
+def preempted(step) -> bool:
+    """Whether a process of several was told to stop (SIGTERM, kept by jax) and `step` is where all should."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
 def _mean_over(axes):
     """The mean over devices of a tree's real leaves; keys and counters are the same everywhere."""
 
@@ -202,7 +240,3 @@ def _indivisible(size, devices):
     return UserError(
         f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}"
     )
-
-
-def _to_host(leaf):
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jax.device_get(leaf)

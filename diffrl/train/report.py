@@ -35,7 +35,8 @@ class Report:
         self._inner, self._every, self._batch, self._writers = inner, log_every, batch_size, writers
         self._waiting: list = []  # (step, metrics on the device)
         self._window: list = []  # metrics on the host
-        self._clock: tuple[int, float] | None = None
+        self._clock = (first, 0.0)  # where the window began
+        self._compiled = False
         self._bar = tqdm(
             total=steps,
             initial=first,
@@ -49,8 +50,8 @@ class Report:
 
     def add(self, step, metrics):
         """Takes in the dispatch that ended at `step`; fetches if the one before it ended a window."""
-        if self._clock is None:  # the first dispatch returns when it is compiled; that is not training time
-            self._clock = (step, time.perf_counter())
+        if not self._compiled:  # the first call returns when it is compiled; that is not training time
+            self._compiled, self._clock = True, (step, time.perf_counter())
             self._bar.set_postfix_str("")
             self._bar.unpause()
         self._waiting.append((step, metrics))
@@ -89,16 +90,14 @@ class Report:
 
     def _write(self, step):
         """Writes the means over the window that ends at `step`, and how fast it went."""
-        means = {
-            name: float(np.mean([metrics[name] for metrics in self._window])) for name in self._window[0]
-        }
-        self._window = []
-        start, now = self._clock, time.perf_counter()
+        window, self._window = self._window, []
+        means = {name: float(np.mean([metrics[name] for metrics in window])) for name in window[0]}
+        (since, then), now = self._clock, time.perf_counter()
         self._clock = (step, now)
-        speed = (step - start[0]) / (now - start[1])
-        rates = {"steps_per_s": speed} if speed else {}
-        if speed and self._batch:
-            rates["samples_per_s"] = speed * self._batch
+        rates = {"steps_per_s": (step - since) / (now - then)} if step > since else {}
+        if rates and self._batch:
+            rates["samples_per_s"] = rates["steps_per_s"] * self._batch
         if self._writers is not None:
             self._writers.scalars(step, {**means, **rates})
-        self._bar.set_postfix({"loss": means.get("loss"), **({"samples/s": rates.get("samples_per_s")})})
+        shown = {"loss": means.get("loss"), "samples/s": rates.get("samples_per_s")}
+        self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items() if value is not None})

@@ -248,11 +248,11 @@ def _overrides(arguments: Iterable[str], known: Mapping[str, Leaf]) -> dict[str,
             continue
         if flag not in paths:
             raise UserError(_unknown(flag, list(paths)))
-        leaf = known[paths[flag]]
+        found = known[paths[flag]]
         if not equals:
-            text = "true" if leaf.hint is bool else next(rest, "")
+            text = "true" if found.hint is bool else next(rest, "")
             if not text:
-                raise UserError(f"{flag}: a value is missing, as in {flag}={plain(leaf.value)}")
+                raise UserError(f"{flag}: a value is missing, as in {flag}={plain(found.value)}")
         given[paths[flag]] = text  # the last of several wins
     return given
 

@@ -1,0 +1,1 @@
+"""One script per topic: `python -m experiments.NAME --help`."""

@@ -91,9 +91,9 @@ def bound_term(
     return to_bits(jnp.where(expand(first, xt), decoder, kl))
 
 
-def prior_term(process: Process, x0: Array) -> Array:
-    """KL(q(x_1 | x_0) || N(0, sigma(1)^2 + alpha(1)^2)) in bits per dimension [B]."""
-    alpha, sigma = scales(process, jnp.ones(x0.shape[0]), x0)
+def prior_term(process: Process, x0: Array, t: ArrayLike = 1.0) -> Array:
+    """KL(q(x_t | x_0) || N(0, sigma(t)^2 + alpha(t)^2)) at the chain's noisy end, in bits per dimension [B]."""
+    alpha, sigma = scales(process, jnp.full(x0.shape[0], t), x0)
     log_var_p = jnp.log(sigma**2 + alpha**2)
     return to_bits(gaussian_kl(alpha * x0, 2.0 * jnp.log(sigma) + 0.0 * x0, 0.0, log_var_p))
 
@@ -121,5 +121,5 @@ def variational_bound(
         return None, bound_term(process, denoise, grid, steps, x0, xt, cond, interpolation, learned)
 
     _, terms = jax.lax.scan(body, None, jnp.arange(1, len(grid)))
-    prior = prior_term(process, x0)
+    prior = prior_term(process, x0, grid[-1])
     return {"total": prior + terms.sum(axis=0), "prior": prior, "terms": terms}

@@ -1,0 +1,156 @@
+"""How good are the samples: a judge's verdicts, the Fréchet distance on its features, and bits per dimension."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffrl.data.catalog import make_source
+from diffrl.data.pipeline import to_unit
+from diffrl.data.source import Source
+from diffrl.diffusion import likelihood
+from diffrl.errors import UserError
+from diffrl.evaluate import frechet, judges
+from diffrl.pretrained import cifar_resnet
+from diffrl.recipes import denoising
+from diffrl.recipes.images import Session, make_generator
+
+CHUNK = 2000
+
+
+def _images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    batch = source.fetch(indices)
+    return to_unit(batch["x"]), batch.get("label")
+
+
+def _first(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """`num` examples spread evenly over the set, so that a sorted set gives all its classes."""
+    return _images(source, np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
+
+
+def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
+    """The configured judge, or None (with the reason on stderr) where there can be none."""
+    config = session.config.eval
+    if config.judge == "none":
+        return None
+    if session.model.num_classes is None:
+        print("no judge: the data have no labels", file=sys.stderr)
+        return None
+    if config.judge == "resnet" and not config.judge_weights:
+        print("no judge: --config.eval.judge_weights names no published ResNet (.npz)", file=sys.stderr)
+        return None
+    x_test, labels_test = _first(held_out, CHUNK)
+    name = session.config.data.name
+
+    def mlp() -> judges.Judge:
+        x, labels = _images(session.source, np.arange(session.source.length))
+        return judges.fit_mlp(f"MLP-{name}", x, labels, x_test, labels_test)
+
+    def resnet() -> judges.Judge:
+        apply, params = cifar_resnet.load(config.judge_weights)
+        return judges.from_network("ResNet", apply, params, x_test, labels_test)
+
+    return denoising.choose("eval.judge", config.judge, {"mlp": mlp, "resnet": resnet})()
+
+
+def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
+    """Recognised classes and Fréchet distance of fresh samples, each beside the value of held-out real images.
+
+    Both sets have the same size, and the training images are the reference of both distances.
+    """
+    judge = make_judge(session, held_out)
+    if judge is None:
+        return {}
+    num = min(session.config.eval.samples, held_out.length)
+    real, real_labels = _first(held_out, num)
+    labels = np.resize(np.arange(session.model.num_classes, dtype=np.int32), num)
+    key = jax.random.fold_in(jax.random.key(session.config.sample.seed), 1)
+    fake = make_generator(session.config, session.model, session.devices, key)(params, labels, num)
+    source = session.source
+    chunks = [np.arange(i, min(i + CHUNK, source.length)) for i in range(0, source.length, CHUNK)]
+    reference = frechet.moments(judge.features, (_images(source, chunk)[0] for chunk in chunks))
+    distance = [
+        frechet.frechet_distance(frechet.moments(judge.features, [x]), reference) for x in (fake, real)
+    ]
+    return {
+        "judge": judge.name,
+        "samples": num,
+        "guidance": session.config.sample.guidance,
+        "recognised": judges.agreement(judge, fake, labels),
+        "recognised_real": judges.agreement(judge, real, real_labels),
+        "frechet": distance[0],
+        "frechet_real": distance[1],
+    }
+
+
+def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
+    """The variational bound of held-out images, given their labels, with its standard error."""
+    config, model = session.config, session.model
+    num = min(config.eval.bound_images, held_out.length)
+    if not num:
+        return {}
+    if session.source.fetch(np.arange(1))["x"].dtype != np.uint8:
+        raise UserError("bits/dim needs 8-bit images: set --config.eval.bound_images=0")
+    table = config.diffusion.process in ("ddpm", "improved")
+    steps = config.diffusion.table_steps if table else config.eval.bound_steps
+    last = 1.0 if float(model.diffusion.process.alpha(jnp.ones(()))) > 0 else 0.999
+    grid = jnp.linspace(0.0, last, steps + 1)
+
+    @jax.jit
+    def bound(params, key, x, label):
+        denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
+        learned, v = model.diffusion.learned, config.sample.variance
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+        return likelihood.variational_bound(
+            model.diffusion.process, denoise, grid, keys, x, label, v, learned
+        )["total"]
+
+    x, label = _first(held_out, num)
+    key = jax.random.fold_in(jax.random.key(config.sample.seed), 2)
+    size = min(num, config.sample.batch)
+    values = []
+    for i in tqdm(range(0, num, size), desc="bits/dim", unit="batch", leave=False):
+        rows = np.resize(np.arange(i, min(i + size, num)), size)
+        part = bound(params, jax.random.fold_in(key, i), x[rows], None if label is None else label[rows])
+        values.append(np.asarray(part)[: min(size, num - i)])
+    total = np.concatenate(values)
+    return {
+        "bits_per_dim": float(total.mean()),
+        "bits_per_dim_stderr": float(total.std(ddof=1) / np.sqrt(num)) if num > 1 else None,
+        "bound_images": num,
+        "bound_steps": steps,
+    }
+
+
+def held_out_source(session: Session) -> Source | None:
+    """The test split, or None (with the reason on stderr) where the data set has none."""
+    try:
+        return make_source(session.config.data, "test")
+    except UserError as error:
+        print(f"no held-out images, so no scores: {error}", file=sys.stderr)
+        return None
+
+
+def report(scores: dict[str, Any]) -> str:
+    """The scores in words, one line each."""
+    lines = []
+    if "judge" in scores:
+        lines.append(
+            f"recognised as their class by {scores['judge']}: {scores['recognised']:.1%} of {scores['samples']} samples "
+            f"(held-out real images: {scores['recognised_real']:.1%})"
+        )
+        lines.append(
+            f"FD-{scores['judge']}: {scores['frechet']:.3f} (held-out real images: {scores['frechet_real']:.3f}), "
+            f"{scores['samples']} images against the training set"
+        )
+    if "bits_per_dim" in scores:
+        error = scores["bits_per_dim_stderr"]
+        lines.append(
+            f"bits/dim: {scores['bits_per_dim']:.3f}"
+            + (f" +- {error:.3f}" if error is not None else "")
+            + f" (variational bound, {scores['bound_steps']} terms, {scores['bound_images']} held-out images)"
+        )
+    return "\n".join(lines)

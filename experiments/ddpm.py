@@ -5,8 +5,8 @@
     python -m experiments.ddpm --workdir=runs/ddpm/digits --mode=sample --config.sample.guidance=3
     python -m experiments.ddpm --workdir=runs/ddpm/digits --mode=eval
 
-The default trains a 0.7 M-parameter U-Net with v-prediction on scikit-learn's 8x8 digits and ends with a grid of digits, of
-which a classifier of real digits recognises at least 95 %.  The same command again resumes, or just scores.
+The default trains a 0.7 M-parameter U-Net with v-prediction on scikit-learn's 8x8 digits and ends with a grid,
+in which a classifier of real digits recognises at least 95 %.  The same command again resumes, or just scores.
 
 train: checkpoints, metrics.jsonl, TensorBoard, grids of samples, then samples.png, loss.png and eval.json.
 sample: draws `sample.count` images into samples.png and samples.npz.  eval: judge, Fréchet distance and bits/dim.
@@ -55,12 +55,13 @@ def mnist() -> ImageConfig:
 def cifar10() -> ImageConfig:
     """DDPM's CIFAR-10 recipe: 35.7 M parameters, T = 1000, 800 k steps of 128; FID 3.17 in the paper."""
     return ImageConfig(
+        conditional=False,
         data=DataConfig(name="cifar10", flip=True),
         unet=UNetConfig(dropout=0.1),
-        diffusion=DiffusionConfig(process="ddpm", prediction="eps", times="discrete", drop_label=1.0),
+        diffusion=DiffusionConfig(process="ddpm", prediction="eps", times="discrete"),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=5000),
         train=TrainConfig(steps=800_000, sample_every=10_000, checkpoint_every=10_000, log_every=500),
-        sample=SampleConfig(sampler="ancestral", steps=1000, grid="table", variance=1.0, guidance=0.0),
+        sample=SampleConfig(sampler="ancestral", steps=1000, grid="table", variance=1.0),
         eval=EvalConfig(judge="resnet"),
     )
 
@@ -68,6 +69,7 @@ def cifar10() -> ImageConfig:
 def cifar10_cond() -> ImageConfig:
     """CIFAR-10 by class: improved DDPM's cosine table and learned variance, with classifier-free guidance."""
     config = cifar10()
+    config.conditional = True
     config.unet = UNetConfig(dropout=0.1, scale_shift=True, heads=4, attention=(16, 8))
     config.diffusion = DiffusionConfig(
         process="improved", prediction="eps", learned_variance=True, table_steps=4000, times="discrete"
@@ -152,8 +154,11 @@ def sample(session: images.Session) -> None:
     )
     picture = images.labelled_grid(session, made, labels, min(10, count))
     grids.save_png(session.workdir / "samples.png", picture)
-    arrays = {"x": grids.to_uint8(made), **({} if labels is None else {"label": labels})}
-    np.savez_compressed(session.workdir / "samples.npz", **arrays)
+    path, pixels = session.workdir / "samples.npz", grids.to_uint8(made)
+    if labels is None:
+        np.savez_compressed(path, x=pixels)
+    else:
+        np.savez_compressed(path, x=pixels, label=labels)
     print(f"{count} samples of step {int(current.step)}: samples.png, samples.npz")
 
 

@@ -32,7 +32,7 @@ class DiffusionConfig:
         "uniform", "how t is drawn: uniform, discrete (a table's steps), log_normal or logit_normal"
     )
     weight: str = leaf(
-        "none", "weighting: none (the head's own), snr, snr_plus_one, min_snr, p2, edm, sigmoid, variational"
+        "none", "none (the head's own), snr, snr_plus_one, min_snr, p2, edm, sigmoid or variational"
     )
     learned_variance: bool = leaf(
         False, "improved DDPM's hybrid loss: the network learns the reverse variance too"

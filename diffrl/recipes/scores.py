@@ -36,7 +36,7 @@ def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
     config = session.config.eval
     if config.judge == "none":
         return None
-    if session.model.num_classes is None:
+    if session.source.num_classes is None:
         print("no judge: the data have no labels", file=sys.stderr)
         return None
     if config.judge == "resnet" and not config.judge_weights:
@@ -66,7 +66,8 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
         return {}
     num = min(session.config.eval.samples, held_out.length)
     real, real_labels = _first(held_out, num)
-    labels = np.resize(np.arange(session.model.num_classes, dtype=np.int32), num)
+    classes = session.model.num_classes
+    labels = None if classes is None else np.resize(np.arange(classes, dtype=np.int32), num)
     key = jax.random.fold_in(jax.random.key(session.config.sample.seed), 1)
     fake = make_generator(session.config, session.model, session.devices, key)(params, labels, num)
     source = session.source
@@ -75,15 +76,14 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
     distance = [
         frechet.frechet_distance(frechet.moments(judge.features, [x]), reference) for x in (fake, real)
     ]
-    return {
-        "judge": judge.name,
-        "samples": num,
-        "guidance": session.config.sample.guidance,
-        "recognised": judges.agreement(judge, fake, labels),
-        "recognised_real": judges.agreement(judge, real, real_labels),
-        "frechet": distance[0],
-        "frechet_real": distance[1],
-    }
+    scores = {"judge": judge.name, "samples": num, "frechet": distance[0], "frechet_real": distance[1]}
+    if labels is not None:
+        scores |= {
+            "guidance": session.config.sample.guidance,
+            "recognised": judges.agreement(judge, fake, labels),
+            "recognised_real": judges.agreement(judge, real, real_labels),
+        }
+    return scores
 
 
 def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, A
     if session.source.fetch(np.arange(1))["x"].dtype != np.uint8:
         raise UserError("bits/dim needs 8-bit images: set --config.eval.bound_images=0")
     table = config.diffusion.process in ("ddpm", "improved")
-    steps = config.diffusion.table_steps if table else config.eval.bound_steps
+    steps: int = config.diffusion.table_steps if table else config.eval.bound_steps
     last = 1.0 if float(model.diffusion.process.alpha(jnp.ones(()))) > 0 else 0.999
     grid = jnp.linspace(0.0, last, steps + 1)
 
@@ -109,6 +109,8 @@ def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, A
         )["total"]
 
     x, label = _first(held_out, num)
+    if model.num_classes is None:
+        label = None
     key = jax.random.fold_in(jax.random.key(config.sample.seed), 2)
     size = min(num, config.sample.batch)
     values = []
@@ -137,11 +139,12 @@ def held_out_source(session: Session) -> Source | None:
 def report(scores: dict[str, Any]) -> str:
     """The scores in words, one line each."""
     lines = []
-    if "judge" in scores:
+    if "recognised" in scores:
         lines.append(
-            f"recognised as their class by {scores['judge']}: {scores['recognised']:.1%} of {scores['samples']} samples "
-            f"(held-out real images: {scores['recognised_real']:.1%})"
+            f"recognised as their class by {scores['judge']}: {scores['recognised']:.1%} of {scores['samples']} "
+            f"samples (held-out real images: {scores['recognised_real']:.1%})"
         )
+    if "frechet" in scores:
         lines.append(
             f"FD-{scores['judge']}: {scores['frechet']:.3f} (held-out real images: {scores['frechet_real']:.3f}), "
             f"{scores['samples']} images against the training set"

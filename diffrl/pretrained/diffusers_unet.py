@@ -1,19 +1,14 @@
 """Hugging Face diffusers' `UNet2DModel` (google/ddpm-cifar10-32 and its kin) as our U-Net, name by name.
 
     ours                                diffusers
-    conv_in, norm_out, conv_out         conv_in, conv_norm_out, conv_out
-    time_embedding/dense_{0,1}          time_embedding.linear_{1,2}
-    label_embedding                     class_embedding
     down_{l}_{block,attention}_{i}      down_blocks.{l}.{resnets,attentions}.{i}
     down_{l}_resample                   down_blocks.{l}.downsamplers.0
     mid_block_{i}, mid_attention        mid_block.resnets.{i}, mid_block.attentions.0
     up_{l}_{block,attention}_{i}        up_blocks.{L-1-l}.{resnets,attentions}.{i}
     up_{l}_resample                     up_blocks.{L-1-l}.upsamplers.0
-    norm_0, conv_0, embedding           norm1, conv1, time_emb_proj
-    norm_1, conv_1, shortcut            norm2, conv2, conv_shortcut
-    norm, qkv, out                      group_norm, to_q + to_k + to_v, to_out.0
+    qkv                                 to_q, to_k, to_v
 
-Both of our ways count levels from the finest.  The published networks take t = n - 1 in 0 ... 999 for step n.
+and `MODULES` for the rest.  Both of our ways count levels from the finest.  The published networks take t = n - 1 in 0 ... 999 for step n.
 """
 
 import json

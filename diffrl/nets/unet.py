@@ -25,8 +25,8 @@ class UNet(nn.Module):
         channels: width of the first level.
         multipliers: width of each level in units of `channels`; each has half the size of the one before.
         blocks: residual blocks per level on the way down; there is one more on the way up.
-        attention: sizes of the first spatial axis at which every block is followed by attention; the middle
-            always has it.
+        attention: sizes of the first spatial axis at which every block is followed by attention.
+        middle_attention: whether the middle has it.
         heads: attention heads.
         head_dim: channels of a head; if given, it rather than `heads` decides.
         scale_shift: the embedding scales and shifts a block's second norm (ADM), not only shifts its input.
@@ -46,6 +46,7 @@ class UNet(nn.Module):
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 2
     attention: tuple[int, ...] = (16,)
+    middle_attention: bool = True
     heads: int = 1
     head_dim: int | None = None
     scale_shift: bool = False
@@ -85,7 +86,8 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = self._residual(h, emb, keys, widths[-1], "mid_block_0")
-        h = self._attend(h, "mid_attention")
+        if self.middle_attention:
+            h = self._attend(h, "mid_attention")
         h = self._residual(h, emb, keys, widths[-1], "mid_block_1")
 
         for level, width in reversed(list(enumerate(widths))):

@@ -8,7 +8,8 @@
     up_{l}_resample                     up_blocks.{L-1-l}.upsamplers.0
     qkv                                 to_q, to_k, to_v
 
-and `MODULES` for the rest.  Both of our ways count levels from the finest.  The published networks take t = n - 1 in 0 ... 999 for step n.
+and `MODULES` for the rest.  Both of our ways count levels from the finest.  The published networks take
+t = n - 1 in 0 ... 999 for step n.
 """
 
 import json

@@ -33,8 +33,7 @@ def agreement(judge: Judge, images: Any, labels: Any) -> float:
 
 
 def fit_mlp(name: str, x: Any, labels: Any, x_test: Any, labels_test: Any, seed: int = 0) -> Judge:
-    """A two-layer perceptron on pixels, for images as small as 8x8 digits: seconds on a CPU, the same for
-    the same seed.
+    """A perceptron on pixels, for images as small as 8x8 digits: under a second, and the same for the same seed.
 
     Args:
         name: of the judge.

@@ -56,6 +56,18 @@ def curves(
     _save(path, figure, axes, legend=len(series) > 1)
 
 
+def ranking(
+    path: str | pathlib.Path, values: Mapping[str, tuple[float, float]], xlabel: str, *, title: str = ""
+) -> None:
+    """Draws {name: (value, spread)} as dots with bars, one row each, the largest on top."""
+    rows = sorted(values.items(), key=lambda item: item[1][0])
+    figure, axes = _figure(xlabel, "", title)
+    centres, spreads = zip(*(pair for _, pair in rows), strict=True)
+    axes.errorbar(centres, range(len(rows)), xerr=spreads, fmt="o", color=COLOURS[0], capsize=3)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    _save(path, figure, axes, legend=False)
+
+
 def points(
     path: str | pathlib.Path,
     series: Mapping[str, Any],

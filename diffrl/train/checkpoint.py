@@ -208,7 +208,9 @@ def _plain(leaf):
 
 
 def _wrap(like, data):
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like)) if _is_key(like) else data
+    if not _is_key(like):
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(jnp.empty((), like.dtype)))
 
 
 def _described(tree):

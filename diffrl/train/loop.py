@@ -57,7 +57,7 @@ def fit(
             data ended, a checkpoint could not be written, or `inner` does not divide the steps that are left.
         Stopped: SIGTERM or SIGINT came; the dispatch was finished and saved.
     """
-    done = int(state.step)
+    done = int(jax.device_get(state.step))
     if done >= steps:
         return state
     if (steps - done) % inner:
@@ -124,7 +124,7 @@ def resume(checkpoints, state, data=None, writers=None):
         if data is not None and not callable(data):
             data.set_state(position)
     if writers is not None:
-        writers.cut(int(state.step))
+        writers.cut(int(jax.device_get(state.step)))
     return state
 
 

@@ -41,6 +41,6 @@ setup(
         "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
         "dev": ["mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
         # Reference implementations that tests compare with; never imported by the package.
-        "oracles": ["diffusers>=0.30", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*", "transformers>=4.44"],
+        "oracles": ["diffusers>=0.30", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*"],
     },
 )

@@ -98,9 +98,9 @@ def fast() -> ImageConfig:
 
 
 def imagenet64() -> ImageConfig:
-    """ImageNet 64x64 by class with improved DDPM's recipe; ADM's larger network by --config.unet flags."""
+    """ImageNet 64x64 by class with ADM's network and recipe: 296 M parameters; FID 2.07 in the paper."""
     return ImageConfig(
-        data=DataConfig(name="tfds:downsampled_imagenet/64x64"),
+        data=DataConfig(name="tfds:imagenet_resized/64x64"),
         unet=UNetConfig(
             channels=192, multipliers=(1, 2, 3, 4), blocks=3, attention=(32, 16, 8), head_dim=64, scale_shift=True,
             resample_blocks=True, dropout=0.1, dtype="bfloat16", remat=True,
@@ -109,7 +109,7 @@ def imagenet64() -> ImageConfig:
         optim=OptimConfig(learning_rate=1e-4, weight_decay=0.0),
         train=TrainConfig(steps=540_000, batch_size=2048, sample_every=10_000, checkpoint_every=5000, log_every=100),
         sample=SampleConfig(sampler="ancestral", steps=250, grid="table"),
-        eval=EvalConfig(judge="none"),
+        eval=EvalConfig(judge="none", split="validation"),
     )  # fmt: skip
 
 

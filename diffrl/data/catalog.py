@@ -14,6 +14,10 @@ from diffrl.data.tfds import tfds
 from diffrl.errors import UserError
 
 
+# Where the data lie and how they are read may change when a run goes on (see `diffrl.config_tree.leaf`).
+FREE = {"free": True}
+
+
 @dataclasses.dataclass
 class DataConfig:
     """A data set, and how its examples are read.
@@ -32,13 +36,13 @@ class DataConfig:
     """
 
     name: str = "digits"
-    dir: str = ""
+    dir: str = dataclasses.field(default="", metadata=FREE)
     split: str = "train"
     image_size: int = 0
     channels: int = 0
     flip: bool = False
-    workers: int = 0
-    cache_mb: int = 1024
+    workers: int = dataclasses.field(default=0, metadata=FREE)
+    cache_mb: int = dataclasses.field(default=1024, metadata=FREE)
 
 
 def make_source(config: DataConfig, split: str | None = None) -> Source:

@@ -40,6 +40,7 @@ class UNetConfig:
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 2
     attention: tuple[int, ...] = leaf((16,), "sizes of the first spatial axis at which every block attends")
+    middle_attention: bool = True
     heads: int = 1
     head_dim: int | None = None
     scale_shift: bool = False
@@ -71,6 +72,7 @@ class EvalConfig:
         "mlp", "mlp (fitted to the real images), resnet (needs judge_weights) or none", free=True
     )
     judge_weights: str = leaf("", ".npz of a published CIFAR-10 ResNet-20 or -56", free=True)
+    split: str = leaf("test", "the held-out part of the data", free=True)
     samples: int = leaf(
         10_000, "generated and held-out images compared; at most the held-out split", free=True
     )
@@ -134,6 +136,20 @@ def build(config: ImageConfig, source: Source) -> Model:
         return network.apply({"params": params}, x, t, label, keys)
 
     return Model(apply, init, diffusion, source.shape, num_classes)
+
+
+def make_step(config: ImageConfig, model: Model) -> Callable:
+    """The pure training step (state, batch) -> (state, metrics)."""
+    settings = config.train
+    loss = denoising.make_loss(model.diffusion, model.apply, model.num_classes, config.diffusion.drop_label)
+    update = step.make_update(
+        loss,
+        optim.make(config.optim, settings.steps),
+        ema_decay=settings.ema_decay,
+        ema_warmup=settings.ema_warmup,
+        accumulate=settings.accumulate,
+    )
+    return step.global_step(update)
 
 
 def make_generator(config: ImageConfig, model: Model, devices: jax.sharding.Mesh, key: Array) -> Callable:
@@ -205,8 +221,7 @@ def restored_state(session: Session) -> TrainState:
 
 def train(session: Session) -> TrainState:
     """Trains to the end, from the newest checkpoint if there is one."""
-    config, model, devices = session.config, session.model, session.devices
-    settings = config.train
+    config, devices, settings = session.config, session.devices, session.config.train
     current = initial_state(session)
     print(describe(session, current), file=sys.stderr)
     data = Prefetch(
@@ -223,15 +238,7 @@ def train(session: Session) -> TrainState:
         mesh.put_batch(devices, inner=settings.inner > 1),
         inner=settings.inner,
     )
-    loss = denoising.make_loss(model.diffusion, model.apply, model.num_classes, config.diffusion.drop_label)
-    update = step.make_update(
-        loss,
-        optim.make(config.optim, settings.steps),
-        ema_decay=settings.ema_decay,
-        ema_warmup=settings.ema_warmup,
-        accumulate=settings.accumulate,
-    )
-    program = step.global_step(update)
+    program = make_step(config, session.model)
     if settings.inner > 1:
         program = step.repeat(program, settings.inner)
     try:

@@ -127,10 +127,27 @@ def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, A
     }
 
 
+def held_out_loss(session: Session, params: Any, held_out: Source, draws: int = 8) -> float:
+    """The training objective on all held-out images, with their labels and the same `draws` noises for every model."""
+    model = session.model
+    x, label = _images(held_out, np.arange(held_out.length))
+
+    @jax.jit
+    def mean_loss(params, key, x, label):
+        def network(x, t, cond):
+            return model.apply(params, x, model.diffusion.network_time(t), cond, None)
+
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+        return model.diffusion.objective(network, x, label, keys)[0].mean()
+
+    label = None if model.num_classes is None else label
+    return float(np.mean([mean_loss(params, jax.random.key(i), x, label) for i in range(draws)]))
+
+
 def held_out_source(session: Session) -> Source | None:
     """The test split, or None (with the reason on stderr) where the data set has none."""
     try:
-        return make_source(session.config.data, "test")
+        return make_source(session.config.data, session.config.eval.split)
     except UserError as error:
         print(f"no held-out images, so no scores: {error}", file=sys.stderr)
         return None

@@ -27,6 +27,10 @@ BATCH_AXES = ("data", "fsdp")
 SMALL = 2**14
 
 
+# Where a run goes on, and on how many devices, does not change what it computes (see `diffrl.config_tree.leaf`).
+FREE = {"free": True}
+
+
 @dataclasses.dataclass
 class MeshConfig:
     """Devices along each axis; one of them may be -1 = all that remain.
@@ -37,9 +41,9 @@ class MeshConfig:
         tensor: reserved for networks that split their own layers; the rest is replicated over it.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = dataclasses.field(default=-1, metadata=FREE)
+    fsdp: int = dataclasses.field(default=1, metadata=FREE)
+    tensor: int = dataclasses.field(default=1, metadata=FREE)
 
 
 def init_distributed():

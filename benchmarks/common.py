@@ -97,7 +97,7 @@ def need(module: str) -> Any:
 
 
 def torch_device(torch: Any) -> str:
-    """ "cuda" or "cpu", the same kind of device as jax's; sets both frameworks to the same precision and all cores."""
+    """The device, cuda or cpu, that jax uses too; gives torch all cores and the precision that XLA has there."""
     cuda = torch.cuda.is_available()
     if cuda != (jax.default_backend() == "gpu"):
         raise SystemExit(

@@ -1,6 +1,6 @@
 r"""50-step DDIM, ours against diffusers' in torch: same weights, start, time grid, batch, dtype, machine and run.
 
-  python -m benchmarks.sample --size=cifar10 --batch=8                      # two CPU cores, about 5 minutes
+  python -m benchmarks.sample --size=cifar10 --batch=2 --repeats=3          # two CPU cores, about 5 minutes
   python -m benchmarks.sample --size=cifar10 --batch=256 --dtype=bfloat16   # a GPU: also torch.compile
 
 Ours is one compiled scan, torch's a Python loop over `DDIMScheduler.step`.  Both are deterministic, so the

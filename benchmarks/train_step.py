@@ -1,11 +1,11 @@
 r"""Our training step against diffusers' U-Net in torch: same architecture, weights, batch, dtype, machine and run.
 
-  python -m benchmarks.train_step --size=cifar10 --batch=8                      # two CPU cores, about 5 minutes
+  python -m benchmarks.train_step --size=cifar10 --batch=8                      # two CPU cores, about 3 minutes
   python -m benchmarks.train_step --size=cifar10 --batch=256 --dtype=bfloat16   # a GPU: also torch.compile
 
 A step is: draw t and noise, L_simple, gradients, Adam, and the average of the parameters.  Ours is one
 compiled program whose state is donated; torch's runs eagerly (and through torch.compile), under autocast for
-bfloat16. Needs the [oracles] extra.
+bfloat16.  Needs the [oracles] extra.
 """
 
 import time

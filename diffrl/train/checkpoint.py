@@ -87,13 +87,13 @@ class Checkpoints:
     def restore(self, like):
         """The newest readable checkpoint as (state, data_state), or None if there is none.
 
-        A damaged one is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
+        The state fits any devices; the data_state is None if another number of processes saved it.  A damaged one is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
 
         Args:
             like: a TrainState of arrays or jax.ShapeDtypeStructs; gives structure, dtypes and shardings.
 
         Raises:
-            UserError: the checkpoint holds another model, or the data positions of another number of processes.
+            UserError: the checkpoint holds another model.
         """
         self.wait()
         step = mesh.first_process_decides(self._newest_whole)
@@ -102,12 +102,8 @@ class Checkpoints:
         path = self.folder / str(step)
         contents = json.loads((path / "contents.json").read_text())
         _check_leaves(path, contents["leaves"], _described(like))
-        if len(contents["data"]) != jax.process_count():
-            raise UserError(
-                f"{path} holds the data positions of {len(contents['data'])} processes and this run has "
-                f"{jax.process_count()}: start as many as before"
-            )
-        return self._read(path, like), contents["data"][jax.process_index()]
+        mine = contents["data"][jax.process_index()] if len(contents["data"]) == jax.process_count() else None
+        return self._read(path, like), mine
 
     def wait(self):
         """Blocks until the save under way is whole; raises UserError if it could not be written."""

@@ -117,11 +117,19 @@ def resume(checkpoints, state, data=None, writers=None):
     Args:
         state: a fresh state, placed as the restored one shall be.
         data: has `set_state(dict)`; a collecting function, or None, is left alone.
+
+    Raises:
+        UserError: the checkpoint holds another model, or the data of another number of processes.
     """
     restored = checkpoints.restore(state)
     if restored is not None:
         state, position = restored
         if data is not None and not callable(data):
+            if position is None:
+                raise UserError(
+                    f"{checkpoints.folder} was saved by another number of processes than the {jax.process_count()} of "
+                    "this run, which cannot find its place in the data: start as many as before"
+                )
             data.set_state(position)
     if writers is not None:
         writers.cut(int(jax.device_get(state.step)))

@@ -131,13 +131,14 @@ def main(config: ImageConfig, run: config_lib.Run) -> None:
 
 def train(session: images.Session) -> None:
     """Trains, draws the final grid and scores it."""
+    # Whatever the end needs is checked before the training, not after it.
+    scores.check(session.config.eval)
+    key = jax.random.key(session.config.sample.seed)
+    generate = images.make_generator(session.config, session.model, session.devices, key)
     current = images.train(session)
     columns = 10
     labels, num = images.class_labels(session.model, columns)
-    key = jax.random.key(session.config.sample.seed)
-    made = images.make_generator(session.config, session.model, session.devices, key)(
-        current.ema, labels, num
-    )
+    made = generate(current.ema, labels, num)
     grids.save_png(session.workdir / "samples.png", images.labelled_grid(session, made, labels, columns))
     images.plot_loss(session)
     score(session, current, bound=False)

@@ -1,5 +1,6 @@
 """How good are the samples: a judge's verdicts, the Fréchet distance on its features, and bits per dimension."""
 
+import pathlib
 import sys
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffrl.errors import UserError
 from diffrl.evaluate import frechet, judges
 from diffrl.pretrained import cifar_resnet
 from diffrl.recipes import denoising
-from diffrl.recipes.images import Session, make_generator
+from diffrl.recipes.images import EvalConfig, Session, make_generator
 
 CHUNK = 2000
 
@@ -29,6 +30,15 @@ def _images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _first(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
     """`num` examples spread evenly over the set, so that a sorted set gives all its classes."""
     return _images(source, np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
+
+
+def check(config: EvalConfig) -> None:
+    """Raises UserError for a judge that will not be there when it is needed."""
+    denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
+    if config.judge_weights and not pathlib.Path(config.judge_weights).is_file():
+        raise UserError(
+            f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet"
+        )
 
 
 def make_judge(session: Session, held_out: Source) -> judges.Judge | None:

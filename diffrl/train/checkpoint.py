@@ -87,7 +87,8 @@ class Checkpoints:
     def restore(self, like):
         """The newest readable checkpoint as (state, data_state), or None if there is none.
 
-        The state fits any devices; the data_state is None if another number of processes saved it.  A damaged one is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
+        The state fits any devices; the data_state is None if another number of processes saved it.  A damaged
+        checkpoint is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
 
         Args:
             like: a TrainState of arrays or jax.ShapeDtypeStructs; gives structure, dtypes and shardings.

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -57,6 +58,7 @@ def test_two_processes_equal_one(tmp_path):
             assert process.poll() is None
     while not (tmp_path / "checkpoints" / "10" / "manifest.json").exists():
         assert endless[0].poll() is None
+        time.sleep(0.1)
     endless[1].send_signal(signal.SIGTERM)  # one is told, both stop
     ends = wait(endless)
     assert [code for code, _, _ in ends] == [143, 143], ends

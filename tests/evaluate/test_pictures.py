@@ -63,7 +63,14 @@ def test_plots_write_files_of_their_kind(tmp_path):
     )
     assert Image.open(tmp_path / "a" / "loss.png").size == (960, 600)
     plots.points(tmp_path / "cloud.svg", {"data": np.eye(2), "samples": -np.eye(2)})
-    assert "data" in (tmp_path / "cloud.svg").read_text() or (tmp_path / "cloud.svg").stat().st_size > 1000
+    assert "</svg>" in (tmp_path / "cloud.svg").read_text()
+
+
+def test_ranking_puts_the_largest_on_top(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda path, figure, axes, legend: drawn.append(axes))
+    plots.ranking(tmp_path / "x.png", {"low": (1, 0.1), "high": (3, 0.2), "middle": (2, 0.1)}, "loss")
+    assert [tick.get_text() for tick in drawn[0].get_yticklabels()] == ["low", "middle", "high"]
 
 
 def test_smoothing_keeps_points_at_their_place(tmp_path, monkeypatch):

@@ -71,6 +71,9 @@ class Checkpoints:
         if step in self.steps():
             raise UserError(f"checkpoint {path} exists already: resume from it or choose another --workdir")
         arrays = _named(jax.tree.map(_plain, state))
+        # Orbax on a full disk strews tracebacks from its threads; this sees nearly every full disk before it does.
+        if mesh.first_process_decides(lambda: self._lacks(sum(leaf.nbytes for leaf in arrays.values()))):
+            raise self._failed(path, OSError("No space left on device"))
         contents = {
             "leaves": _described(state),
             "data": mesh.gather_json(data_state or {}),
@@ -123,6 +126,11 @@ class Checkpoints:
 
     def _folders(self):
         return [path for path in self.folder.iterdir() if path.name.isdigit()]
+
+    def _lacks(self, size):
+        """Whether `size` bytes do not fit on the disk; some mounted buckets do not tell."""
+        usage = shutil.disk_usage(self.folder)
+        return bool(usage.total) and usage.free < size
 
     def _finish(self, path, contents):
         """In the background: waits for Orbax, writes the sums, deletes what is older than the `keep` newest."""

@@ -167,7 +167,21 @@ def test_saving_a_step_twice_is_refused(checkpoints):
         checkpoints.save(1, state_at(1))
 
 
-def test_full_disk_is_one_line_and_keeps_what_was_there(checkpoints, capfd):
+def test_full_disk_is_seen_beforehand(checkpoints, monkeypatch, capfd):
+    save(checkpoints, 1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.host(state_at(2))))
+    usage = shutil.disk_usage(checkpoints.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.raises(
+        UserError, match=r"cannot save .*/2: No space left on device; .*kept checkpoints: 1\)"
+    ):
+        checkpoints.save(2, state_at(2))
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    save(checkpoints, 2)
+
+
+def test_a_refused_write_is_one_line_and_keeps_what_was_there(checkpoints, capfd):
     save(checkpoints, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     noise = jnp.asarray(np.random.default_rng(0).normal(size=200_000), jnp.float32)

@@ -91,9 +91,7 @@ def need(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise SystemExit(
-            f"{module} is not installed, and this compares with it: pip install -e '.[oracles]'"
-        ) from None
+        raise SystemExit(f"{module} is not installed, and this compares with it: pip install -e '.[oracles]'") from None
 
 
 def torch_device(torch: Any) -> str:
@@ -122,9 +120,7 @@ def make_pair(size: str, dtype: str) -> Pair:
     count = sum(tensor.numel() for tensor in model.parameters())
     assert count == sum(leaf.size for leaf in jax.tree.leaves(params)), "the two networks differ"
     device = torch_device(torch)
-    model = model.to(
-        device, memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format
-    )
+    model = model.to(device, memory_format=torch.channels_last if device == "cuda" else torch.contiguous_format)
     ours = diffusers_unet.unet_from_config(full).clone(dtype=jnp.dtype(dtype))
     return Pair(model, ours, params, (full["sample_size"],) * 2 + (full["in_channels"],), count)
 

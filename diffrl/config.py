@@ -226,9 +226,7 @@ def _one_of(flag: str, value: str, names: Sequence[str]) -> None:
         raise UserError(f"{flag}={value}: expected one of {', '.join(names)}{did_you_mean(value, names)}")
 
 
-def _must_hold_run(
-    workdir: pathlib.Path, saved: Mapping[str, Any] | None, preset: str | None, mode: str
-) -> None:
+def _must_hold_run(workdir: pathlib.Path, saved: Mapping[str, Any] | None, preset: str | None, mode: str) -> None:
     if saved is None:
         raise UserError(f"{workdir}: no run here (no {FILE}); make one with --mode={mode} or mend --workdir")
     if preset not in (None, saved["preset"]):

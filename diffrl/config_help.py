@@ -23,9 +23,7 @@ config, with the values of {preset} (* may change when a run goes on):
 {leaves}"""
 
 
-def help_text(
-    doc: str, name: str, presets: Mapping[str, Callable[[], Any]], modes: Sequence[str], preset: str
-) -> str:
+def help_text(doc: str, name: str, presets: Mapping[str, Callable[[], Any]], modes: Sequence[str], preset: str) -> str:
     """Everything that can be said to experiments/`name`.py, with the values of `preset`."""
     return _HELP.format(
         doc=inspect.cleandoc(doc),

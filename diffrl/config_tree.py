@@ -77,9 +77,7 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, s
     lines = {name: f"{old[name]!r} saved, no longer a leaf" for name in old.keys() - new.keys()}
     lines |= {name: f"not saved, {new[name]!r} now" for name in new.keys() - old.keys()}
     lines |= {
-        name: f"{old[name]!r} saved, {new[name]!r} now"
-        for name in old.keys() & new.keys()
-        if old[name] != new[name]
+        name: f"{old[name]!r} saved, {new[name]!r} now" for name in old.keys() & new.keys() if old[name] != new[name]
     }
     return {name: lines[name] for name in [*new, *old] if name in lines}
 

@@ -150,9 +150,7 @@ def sample(session: images.Session) -> None:
     count, classes = session.config.sample.count, session.model.num_classes
     labels = None if classes is None else np.sort(np.resize(np.arange(classes, dtype=np.int32), count))
     key = jax.random.key(session.config.sample.seed)
-    made = images.make_generator(session.config, session.model, session.devices, key)(
-        current.ema, labels, count
-    )
+    made = images.make_generator(session.config, session.model, session.devices, key)(current.ema, labels, count)
     picture = images.labelled_grid(session, made, labels, min(10, count))
     grids.save_png(session.workdir / "samples.png", picture)
     path, pixels = session.workdir / "samples.npz", grids.to_uint8(made)

@@ -87,9 +87,7 @@ def flops_per_step(config: ImageConfig) -> tuple[float, int]:
     return cost["flops"], sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def run_variant(
-    config: Config, name: str, unet: UNetConfig, seed: int, budget: float, run: config_lib.Run
-) -> dict:
+def run_variant(config: Config, name: str, unet: UNetConfig, seed: int, budget: float, run: config_lib.Run) -> dict:
     """Trains one variant on `budget` FLOPs and scores it."""
     base = copy.deepcopy(config.base)
     base.unet, base.seed = unet, seed
@@ -100,9 +98,7 @@ def run_variant(
     trained = images.train(session)
     held_out = scores.held_out_source(session)
     if held_out is None:
-        raise UserError(
-            f"{base.data.name} has no part {base.eval.split!r} to hold out: set --config.base.eval.split"
-        )
+        raise UserError(f"{base.data.name} has no part {base.eval.split!r} to hold out: set --config.base.eval.split")
     loss = scores.held_out_loss(session, trained.ema, held_out)
     return {
         "variant": name,

@@ -33,9 +33,7 @@ MAY_IMPORT = {
 
 # Packages, and the files that may import them.
 ONLY_IN = {
-    ("absl.flags", "absl.app", "ml_collections.config_flags"): re.compile(
-        r"diffrl/config\.py|experiments/.*"
-    ),
+    ("absl.flags", "absl.app", "ml_collections.config_flags"): re.compile(r"diffrl/config\.py|experiments/.*"),
     ("orbax",): re.compile(r"diffrl/train/checkpoint\.py"),
     ("flax",): re.compile(r"diffrl/(nets|rl|pretrained)/.*"),
 }
@@ -139,9 +137,7 @@ def folders(mod: Module) -> Iterator[str]:
 
 def experiments_are_leaves(mod: Module) -> Iterator[str]:
     for name in imports(mod):
-        if is_under(name, "experiments", "tests") or (
-            mod.room != "benchmarks" and is_under(name, "benchmarks")
-        ):
+        if is_under(name, "experiments", "tests") or (mod.room != "benchmarks" and is_under(name, "benchmarks")):
             yield f"imports {name}"
 
 

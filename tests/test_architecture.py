@@ -156,9 +156,7 @@ def test_dispatch_on_our_own_types_is_found():
         "def f(x):\n    match x:\n        case Process(): return 1",
     ):
         assert list(type_dispatch([process, module("diffrl/diffusion/a.py", source)]))
-    assert not list(
-        type_dispatch([process, module("diffrl/a.py", "def f(x): return isinstance(x, (int, dict))")])
-    )
+    assert not list(type_dispatch([process, module("diffrl/a.py", "def f(x): return isinstance(x, (int, dict))")]))
 
 
 def test_a_second_brax_adapter_is_found():

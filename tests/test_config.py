@@ -194,9 +194,7 @@ def test_a_resume_with_another_config_stops_until_it_is_accepted(tmp_path, capsy
         launch("--workdir=w", "--config.optim.learning_rate=0.5", "--config.steps=7")
     assert caught.value.code == 2
     line = capsys.readouterr().err
-    assert line.startswith(
-        "error: w was made with another config (optim.learning_rate: 0.001 saved, 0.5 now):"
-    )
+    assert line.startswith("error: w was made with another config (optim.learning_rate: 0.001 saved, 0.5 now):")
     assert line.count("\n") == 1
     assert (tmp_path / "w/config.json").read_text() == before
 

@@ -30,16 +30,12 @@ TINY = [
 
 
 def run(workdir, *flags, experiment=ddpm, presets=None, modes=("train", "sample", "eval")):
-    config_lib.run(
-        experiment.main, presets or experiment.PRESETS, modes=modes, argv=[f"--workdir={workdir}", *flags]
-    )
+    config_lib.run(experiment.main, presets or experiment.PRESETS, modes=modes, argv=[f"--workdir={workdir}", *flags])
 
 
 def parameters(workdir, step):
     """The arrays of a checkpoint, as a session restores them."""
-    config, started, _ = config_lib.parse(
-        [f"--workdir={workdir}", "--mode=sample"], ddpm.PRESETS, ("train", "sample")
-    )
+    config, started, _ = config_lib.parse([f"--workdir={workdir}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"))
     restored = images.restored_state(images.open_session(config, started))
     assert int(restored.step) == step
     return jax.tree.map(np.asarray, restored._replace(key=jax.random.key_data(restored.key)))

@@ -67,9 +67,7 @@ def test_the_script_is_sound_and_explains_itself(house, script):
 def test_shellcheck_is_content(script):
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
-    checked = subprocess.run(
-        ["shellcheck", str(LAUNCH / script)], capture_output=True, text=True, check=False
-    )
+    checked = subprocess.run(["shellcheck", str(LAUNCH / script)], capture_output=True, text=True, check=False)
     assert checked.stdout == ""
 
 

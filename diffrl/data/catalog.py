@@ -13,7 +13,6 @@ from diffrl.data.source import Source, cached
 from diffrl.data.tfds import tfds
 from diffrl.errors import UserError
 
-
 # Where the data lie and how they are read may change when a run goes on (see `diffrl.config_tree.leaf`).
 FREE = {"free": True}
 

@@ -17,9 +17,7 @@ RECORD = 1 + 3 * 32 * 32
 
 def has_binary_files(path: str) -> bool:
     """Whether `path` holds the six files."""
-    return all(
-        (pathlib.Path(path).expanduser() / file).is_file() for group in FILES.values() for file in group
-    )
+    return all((pathlib.Path(path).expanduser() / file).is_file() for group in FILES.values() for file in group)
 
 
 def binary(path: str, split: str = "train") -> Source:

@@ -61,12 +61,8 @@ def _scan(root: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray | None, tu
     if not classes:
         return loose, None, ()
     if loose:
-        raise UserError(
-            f"{root} holds images ({loose[0].name}) beside folders ({classes[0].name}): move one of them"
-        )
-    groups = [
-        _images([pathlib.Path(d) / name for d, _, names in os.walk(c) for name in names]) for c in classes
-    ]
+        raise UserError(f"{root} holds images ({loose[0].name}) beside folders ({classes[0].name}): move one of them")
+    groups = [_images([pathlib.Path(d) / name for d, _, names in os.walk(c) for name in names]) for c in classes]
     for directory, group in zip(classes, groups, strict=True):
         if not group:
             raise UserError(f"no images in the class folder {directory}: fill or remove it")

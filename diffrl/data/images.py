@@ -44,9 +44,7 @@ def decode(file: pathlib.Path | IO[bytes], name: str, size: int = 0, channels: i
     ) as error:  # Pillow raises all of these
         raise UserError(f"cannot read the image {name}: {error}; replace or remove it") from error
     if upright.mode[0] in "IF":
-        raise UserError(
-            f"{name} has pixels of mode {upright.mode}, not of 8 bits: convert it to 8 bits per channel"
-        )
+        raise UserError(f"{name} has pixels of mode {upright.mode}, not of 8 bits: convert it to 8 bits per channel")
     return fit(upright, size, channels)
 
 
@@ -77,9 +75,7 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 def check_channels(channels: int) -> None:
     """Raises UserError unless `channels` is 0 (as they are), 1, 3 or 4."""
     if channels not in {0, *MODES}:
-        raise UserError(
-            f"channels {channels}: choose 1 (grey), 3 (RGB), 4 (RGBA), or 0 to keep those of the files"
-        )
+        raise UserError(f"channels {channels}: choose 1 (grey), 3 (RGB), 4 (RGBA), or 0 to keep those of the files")
 
 
 def resized(source: Source, size: int = 0, channels: int = 0) -> Source:

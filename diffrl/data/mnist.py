@@ -31,9 +31,7 @@ def idx(path: str, split: str = "train", *, name: str = "mnist") -> Source:
         raise UserError(f"{name} has no split {split!r}: choose one of {', '.join(STEMS)}")
     images = read_idx(_file(pathlib.Path(path), f"{STEMS[split]}-images-idx3-ubyte"))
     labels = read_idx(_file(pathlib.Path(path), f"{STEMS[split]}-labels-idx1-ubyte"))
-    return from_arrays(
-        images[..., None], labels, class_names=tuple("0123456789"), name=f"{name} ({split}) in {path}"
-    )
+    return from_arrays(images[..., None], labels, class_names=tuple("0123456789"), name=f"{name} ({split}) in {path}")
 
 
 def read_idx(file: pathlib.Path) -> np.ndarray:

@@ -30,9 +30,7 @@ def npz(path: str, split: str = "train") -> Source:
         with np.load(file) as archive:
             x_key = _find(archive.files, IMAGES, split)
             if x_key is None:
-                raise UserError(
-                    f"{name} has no images: its keys are {', '.join(archive.files)}; rename one to 'x'"
-                )
+                raise UserError(f"{name} has no images: its keys are {', '.join(archive.files)}; rename one to 'x'")
             label_key = _find(archive.files, LABELS, split)
             x = archive[x_key]
             label = None if label_key is None else archive[label_key]
@@ -55,6 +53,4 @@ def _find(keys: list[str], names: tuple[str, ...], split: str) -> str | None:
 def _check_range(x: np.ndarray, name: str) -> None:
     low, high = x.min(initial=0.0), x.max(initial=0.0)
     if not (low >= -1 - 1e-5 and high <= 1 + 1e-5):  # written so that NaN fails
-        raise UserError(
-            f"{name} has float images from {low:g} to {high:g}: scale them to -1..1, or store uint8 0..255"
-        )
+        raise UserError(f"{name} has float images from {low:g} to {high:g}: scale them to -1..1, or store uint8 0..255")

@@ -59,9 +59,7 @@ def loader(
     if seed < 0:
         raise UserError(f"seed {seed} must not be negative")
     if epochs is not None and epochs < 1:
-        raise UserError(
-            f"{epochs} epochs of {source.name}: ask for 1 or more, or for None to repeat for ever"
-        )
+        raise UserError(f"{epochs} epochs of {source.name}: ask for 1 or more, or for None to repeat for ever")
     for count, what in ((process_count, "hosts"), (devices, "devices")):
         if batch_size % count:
             raise UserError(
@@ -69,12 +67,8 @@ def loader(
                 f"take {(batch_size // count + 1) * count}, say"
             )
     if flip and len(source.shape) != 3:
-        raise UserError(
-            f"flip needs images [H, W, C], but {source.name} has shape {source.shape}: turn flip off"
-        )
-    order = Order(
-        source.length, batch_size, seed, shuffle, epochs, drop_remainder, flip, process_index, process_count
-    )
+        raise UserError(f"flip needs images [H, W, C], but {source.name} has shape {source.shape}: turn flip off")
+    order = Order(source.length, batch_size, seed, shuffle, epochs, drop_remainder, flip, process_index, process_count)
     if len(order) == 0:
         raise UserError(
             f"batch size {batch_size} is larger than the {source.length * (epochs or 1)} examples that {source.name} "

@@ -41,9 +41,7 @@ class Prefetch:
     A source that fails raises from `next`, after the good items before the failure were handed out.
     """
 
-    def __init__(
-        self, batches: CheckpointableIterator, put: Callable[[Batch], Any], *, size: int = 2, inner: int = 1
-    ):
+    def __init__(self, batches: CheckpointableIterator, put: Callable[[Batch], Any], *, size: int = 2, inner: int = 1):
         self._batches = batches
         self._put = put
         self._size = size

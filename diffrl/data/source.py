@@ -96,9 +96,7 @@ class _Gather:
 
 def _as_labels(label: np.ndarray, length: int, name: str) -> np.ndarray:
     if label.shape not in {(length,), (length, 1)}:
-        raise UserError(
-            f"{name} has {length} images but labels of shape {label.shape}: one label per image, please"
-        )
+        raise UserError(f"{name} has {length} images but labels of shape {label.shape}: one label per image, please")
     if not np.issubdtype(label.dtype, np.integer):
         raise UserError(f"{name} has labels of type {label.dtype}: store integers")
     return label.reshape(length).astype(np.int32)

@@ -52,9 +52,7 @@ def tfds(name: str, split: str = "train", data_dir: str = "", *, size: int = 0, 
     if feature.np_dtype != np.uint8:
         raise UserError(f"tfds:{name} has images of type {feature.np_dtype}, not uint8: choose another set")
     try:
-        records = builder.as_data_source(
-            split, decoders={image: library.decode.SkipDecoding()}, file_format=FORMAT
-        )
+        records = builder.as_data_source(split, decoders={image: library.decode.SkipDecoding()}, file_format=FORMAT)
     except (ValueError, NotImplementedError, KeyError) as error:
         raise UserError(f"cannot read split {split!r} of tfds:{name} in {where}: {_line(error)}") from error
 
@@ -64,9 +62,7 @@ def tfds(name: str, split: str = "train", data_dir: str = "", *, size: int = 0, 
     shape = images.decode(io.BytesIO(records[0][image]), f"0 of {name}", size, channels).shape
     return Source(
         length=len(records),
-        fetch=_Records(
-            records, image, label, classes.num_classes if classes else None, shape, size, channels, name
-        ),
+        fetch=_Records(records, image, label, classes.num_classes if classes else None, shape, size, channels, name),
         shape=shape,
         num_classes=classes.num_classes if classes else None,
         class_names=tuple(classes.names) if classes else (),
@@ -81,11 +77,7 @@ def _builder(library: Any, name: str, data_dir: str) -> Any:
         near = difflib.get_close_matches(
             name.split(":")[0].split("/")[0], library.list_builders(with_community_datasets=False), n=3
         )
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else "see https://www.tensorflow.org/datasets/catalog"
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else "see https://www.tensorflow.org/datasets/catalog"
         raise UserError(f"tensorflow-datasets has no set {name!r}: {hint}") from error
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"cannot open tfds:{name}: {_line(error)}") from error
@@ -141,9 +133,7 @@ class _Records:
         records = self.records.__getitems__(indices.tolist())
         batch = {"x": np.empty((len(indices), *self.shape), np.uint8)}
         for row, (index, record) in enumerate(zip(indices, records, strict=True)):
-            x = images.decode(
-                io.BytesIO(record[self.image]), f"{index} of {self.name}", self.size, self.channels
-            )
+            x = images.decode(io.BytesIO(record[self.image]), f"{index} of {self.name}", self.size, self.channels)
             if x.shape != self.shape:
                 raise UserError(
                     f"image {index} of {self.name} has shape {x.shape}, the first {self.shape}: "

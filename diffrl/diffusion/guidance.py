@@ -27,9 +27,7 @@ def classifier_free(denoise: Denoiser, scale: float | Array, null: Any) -> Denoi
     """
 
     def guided(x, t, cond):
-        pair = jax.tree.map(
-            lambda n, c: jnp.stack([jnp.broadcast_to(n, c.shape).astype(c.dtype), c]), null, cond
-        )
+        pair = jax.tree.map(lambda n, c: jnp.stack([jnp.broadcast_to(n, c.shape).astype(c.dtype), c]), null, cond)
         both = jax.vmap(denoise, in_axes=(None, None, 0))(x, t, pair)
         conditional = jax.tree.map(lambda a: a[1], both)
         x0 = jax.tree.leaves(both)[0]

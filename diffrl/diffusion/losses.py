@@ -50,9 +50,7 @@ def denoising(process: Process, head: Head, draw: Draw, weight: Weight | None = 
     return objective
 
 
-def hybrid(
-    process: Process, head: Head, grid: Array, weight: Weight | None = None, scale: float = 1e-3
-) -> Objective:
+def hybrid(process: Process, head: Head, grid: Array, weight: Weight | None = None, scale: float = 1e-3) -> Objective:
     """L_simple + scale * L_vlb of improved DDPM: learns the variance (Nichol & Dhariwal, 2021, eq. 16).
 
     `grid` [N + 1] rises from 0; the model outputs 2 C channels (see `prediction.with_variance`).  The bound, in bits

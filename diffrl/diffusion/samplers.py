@@ -31,9 +31,7 @@ def _at(t: Array, x: Array) -> Array:
     return jnp.full(x.shape[:1], t, x.dtype)
 
 
-def ancestral(
-    process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False
-) -> Sampler:
+def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False) -> Sampler:
     """DDPM's sampler (Ho et al., 2020, algorithm 2).
 
     interpolation: v in [0, 1]; 0 is the posterior's variance, 1 the forward step's (DDPM's "fixed small" and "fixed

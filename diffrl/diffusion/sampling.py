@@ -59,9 +59,7 @@ def normal(keys: Array, x: Array) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
-def start(
-    process: Process, key: Array, shape: tuple[int, ...], t: ArrayLike = 1.0, dtype=jnp.float32
-) -> Array:
+def start(process: Process, key: Array, shape: tuple[int, ...], t: ArrayLike = 1.0, dtype=jnp.float32) -> Array:
     """x_t ~ N(0, sigma(t)^2) of `shape` [B, ...]: where a sampler starts."""
     like = jnp.zeros(shape, dtype)
     return process.sigma(jnp.asarray(t)).astype(dtype) * normal(fold(sample_keys(key, shape[0]), START), like)

@@ -9,8 +9,7 @@ never FID.
 
 Everything is exact and in float64.  Moments stream: they need O(D²) memory however many samples there are,
 and partial ones (from hosts, from shards) merge in any order.  The distance is biased upwards at a finite
-number of samples, so a value means something only beside that of real data at the same number: `against_real`
-gives both.
+number of samples, so a value means something only beside that of real data at the same number.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,9 +44,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     Unlike sums of squares it loses nothing when the mean is large against the spread.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(
-            f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both"
-        )
+        raise UserError(f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both")
     n = a.n + b.n
     if n == 0:
         return a
@@ -64,9 +61,7 @@ def update(moments: Moments, features: np.ndarray) -> Moments:
         raise UserError(f"features of shape {features.shape}: the extractor must return [batch, features]")
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
-        raise UserError(
-            f"features: {np.sum(~finite)} of {len(features)} samples are not finite; look at the samples"
-        )
+        raise UserError(f"features: {np.sum(~finite)} of {len(features)} samples are not finite; look at the samples")
     if len(features) == 0:
         return moments
     mean = features.mean(axis=0)
@@ -95,13 +90,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Raises UserError where a side has fewer than two samples or the dimensions differ.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(
-            f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both"
-        )
+        raise UserError(f"moments of {a.mean.size} and of {b.mean.size} features: use one feature extractor for both")
     if min(a.n, b.n) < 2:
-        raise UserError(
-            f"Fréchet distance of {a.n} and {b.n} samples: a covariance needs at least 2 on each side"
-        )
+        raise UserError(f"Fréchet distance of {a.n} and {b.n} samples: a covariance needs at least 2 on each side")
     cov_a, cov_b = a.covariance, b.covariance
     cross = np.linalg.svd(_factor(cov_a).T @ _factor(cov_b), compute_uv=False).sum()
     difference = a.mean - b.mean
@@ -112,31 +103,3 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
     """F with F Fᵀ = S, for positive semidefinite S."""
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0.0))
-
-
-class Score(NamedTuple):
-    """A distance, and the distance that real data of the same number has to the same reference."""
-
-    distance: float
-    real: float  # the floor: a perfect generator would score this, not zero
-    samples: int  # how many were scored
-    reference: int  # against how many real ones
-
-
-def against_real(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> Score:
-    """Scores generated features [N, D] against real ones [M, D], beside real ones against real ones.
-
-    The real rows are shuffled and split without overlap into a probe of n = min(N, M // 2) and a reference of
-    M - n; the first n generated rows and the probe are compared with that one reference, so both values carry
-    the same bias.  A sample in the exact class proportions of the data can score below `real`, where they
-    fluctuate.
-    """
-    n = min(len(generated), len(real) // 2)
-    order = np.random.default_rng(seed).permutation(len(real))
-    probe, reference = (_of(np.asarray(real)[rows]) for rows in (order[:n], order[n:]))
-    distance = frechet_distance(_of(np.asarray(generated)[:n]), reference)
-    return Score(distance, frechet_distance(probe, reference), n, len(order) - n)
-
-
-def _of(features: np.ndarray) -> Moments:
-    return update(Moments.empty(features.shape[-1]), features)

@@ -60,9 +60,7 @@ def fit_mlp(name: str, x: Any, labels: Any, x_test: Any, labels_test: Any, seed:
     return _examined(Judge(name, features, classify, float("nan")), x_test, labels_test)
 
 
-def from_network(
-    name: str, apply: Callable, params: Any, x_test: Any, labels_test: Any, batch: int = 256
-) -> Judge:
+def from_network(name: str, apply: Callable, params: Any, x_test: Any, labels_test: Any, batch: int = 256) -> Judge:
     """A judge of a network, `apply(params, x) -> (logits [B, K], features [B, D])`.
 
     It is compiled once, for batches of `batch`: the last one is padded.

@@ -46,9 +46,7 @@ def curves(
         if window > 1:
             axes.plot(x, y, color=colour, alpha=0.2, linewidth=0.8)
             x, y = x[window - 1 :], np.convolve(y, np.full(window, 1 / window), mode="valid")
-        axes.plot(
-            x, y, color=colour, linewidth=1.8, marker="o" if markers else None, markersize=4, label=name
-        )
+        axes.plot(x, y, color=colour, linewidth=1.8, marker="o" if markers else None, markersize=4, label=name)
     if log_x:
         axes.set_xscale("log")
     if log_y:

@@ -18,9 +18,7 @@ MIN_LENGTH = 64
 MAX_HEAD_DIM = 128
 
 
-def attention(
-    q: Array, k: Array, v: Array, *, implementation: Literal["xla", "cudnn"] | None = None
-) -> Array:
+def attention(q: Array, k: Array, v: Array, *, implementation: Literal["xla", "cudnn"] | None = None) -> Array:
     """Every query's average of the values, weighted by softmax in float32.
 
     Args:
@@ -38,9 +36,7 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
-def cudnn_fits(
-    capability: Capability | None, dtype: DTypeLike, head_dim: int, queries: int, keys: int
-) -> bool:
+def cudnn_fits(capability: Capability | None, dtype: DTypeLike, head_dim: int, queries: int, keys: int) -> bool:
     """Whether cuDNN's fused attention is legal, and worth it, for this dtype and these sizes.
 
     `capability` is the GPU's, None where there is no CUDA device; queries and keys are sequence lengths.

@@ -41,9 +41,7 @@ class Block(nn.Module):
         h = nn.relu(_conv(self.channels, self.stride, "conv1")(x))
         h = _conv(self.channels, 1, "conv2")(h)
         new = self.channels - x.shape[-1]
-        shortcut = jnp.pad(
-            x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
-        )
+        shortcut = jnp.pad(x[:, :: self.stride, :: self.stride], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
         return nn.relu(h + shortcut)
 
 

@@ -106,9 +106,7 @@ class UNet(nn.Module):
         emb = TimeEmbedding(*time, name="time_embedding")(t)
         if self.num_classes is None:
             if cond is not None:
-                raise UserError(
-                    "a network with num_classes=None was given labels; set num_classes or drop them"
-                )
+                raise UserError("a network with num_classes=None was given labels; set num_classes or drop them")
             return emb
         labels = jnp.full(t.shape, self.num_classes) if cond is None else cond
         return emb + LabelEmbedding(self.num_classes, features, name="label_embedding")(labels)
@@ -117,9 +115,7 @@ class UNet(nn.Module):
         h = self._residual(h, emb, keys, width, f"{place}_block_{i}")
         return self._attend(h, f"{place}_attention_{i}") if h.shape[1] in self.attention else h
 
-    def _residual(
-        self, h: Array, emb: Array, keys: Array | None, width: int, name: str, resample=None
-    ) -> Array:
+    def _residual(self, h: Array, emb: Array, keys: Array | None, width: int, name: str, resample=None) -> Array:
         block = nn.remat(ResidualBlock) if self.remat else ResidualBlock
         fields = (width, self.groups, self.norm_eps, self.dropout, self.scale_shift, self.dtype, resample)
         return block(*fields, name=name)(h, emb, keys)
@@ -159,7 +155,5 @@ def _check_groups(widths: list[int], groups: int) -> None:
 def _count_heads(channels: int, heads: int, head_dim: int | None) -> int:
     name, value = ("heads", heads) if head_dim is None else ("head_dim", head_dim)
     if channels % value:
-        raise UserError(
-            f"{name}={value} does not divide an attention's {channels} channels; choose a divisor"
-        )
+        raise UserError(f"{name}={value} does not divide an attention's {channels} channels; choose a divisor")
     return heads if head_dim is None else channels // head_dim

@@ -18,8 +18,7 @@ import numpy as np
 from diffrl.errors import UserError
 from diffrl.nets.resnet import CifarResNet
 
-# ImageNet's statistics: that repository trained with them.  With CIFAR-10's own, 91.48 % and 93.27 % are
-# left.
+# ImageNet's statistics: that repository trained with them.  With CIFAR-10's own, 91.48 % and 93.27 % are left.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 BATCH_NORM_EPS = 1e-5  # PyTorch's default
@@ -52,6 +51,12 @@ def load(path: str | pathlib.Path) -> tuple[Apply, Any]:
     return apply, params
 
 
+def name(params: Any) -> str:
+    """What the network is called, by its depth: "ResNet56"."""
+    blocks = len(params) - 2  # besides the first convolution and the head
+    return f"ResNet{2 * blocks + 2}"
+
+
 def convert(state: Mapping[str, np.ndarray], blocks: int) -> Any:
     """A PyTorch state dict -> our parameters: HWIO kernels, batch normalisation folded in.
 
@@ -80,9 +85,7 @@ def convert(state: Mapping[str, np.ndarray], blocks: int) -> Any:
     params["head"] = {"kernel": take("linear.weight").T, "bias": take("linear.bias")}
     surplus = [name for name in left if not re.search(r"num_batches_tracked$", name)]
     if surplus:
-        raise UserError(
-            f"ResNet weights hold {len(surplus)} unknown layers, the first {surplus[0]}: wrong file?"
-        )
+        raise UserError(f"ResNet weights hold {len(surplus)} unknown layers, the first {surplus[0]}: wrong file?")
     return params
 
 

@@ -80,9 +80,7 @@ def load(path: str | pathlib.Path) -> tuple[UNet, dict]:
     try:
         from safetensors.numpy import load_file
     except ImportError:
-        raise UserError(
-            "reading .safetensors needs a package; pip install safetensors, or diffrl[oracles]"
-        ) from None
+        raise UserError("reading .safetensors needs a package; pip install safetensors, or diffrl[oracles]") from None
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return unet_from_config(config), params_from_diffusers(load_file(folder / WEIGHTS), config)
 
@@ -133,24 +131,17 @@ def params_from_diffusers(weights: Mapping[str, np.ndarray], config: Mapping[str
     """
     unet, size = unet_from_config(config), config["sample_size"]
     x = jax.ShapeDtypeStruct((1, size, size, config["in_channels"]), jnp.float32)
-    shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))[
-        "params"
-    ]
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))["params"]
     unused = {_modern_name(name): weight for name, weight in weights.items()}
 
     def take(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         path = [key.key for key in keys]
-        parts = [
-            _take(unused, name, _part_shape(path, leaf.shape))
-            for name in _sources(path, len(unet.multipliers))
-        ]
+        parts = [_take(unused, name, _part_shape(path, leaf.shape)) for name in _sources(path, len(unet.multipliers))]
         return jnp.asarray(_assemble(path, parts).reshape(leaf.shape))
 
     params = jax.tree_util.tree_map_with_path(take, shapes)
     if unused:
-        raise UserError(
-            f"the weights hold {min(unused)}, which the config does not; they belong to another model"
-        )
+        raise UserError(f"the weights hold {min(unused)}, which the config does not; they belong to another model")
     return params
 
 
@@ -240,9 +231,7 @@ def _take(unused: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> n
     # A shortcut may be stored as a convolution of width 1.
     ours = weight.reshape(weight.shape[-2:]) if weight.shape[:-2] == (1, 1) else weight
     if ours.shape != shape:
-        raise UserError(
-            f"the weight {name} has shape {ours.shape}, the config asks for {shape} (in our axes)"
-        )
+        raise UserError(f"the weight {name} has shape {ours.shape}, the config asks for {shape} (in our axes)")
     return ours
 
 

@@ -23,20 +23,12 @@ DROP, NETWORK = 101, 102
 class DiffusionConfig:
     """The noising process, what the network predicts, and the objective."""
 
-    process: str = leaf(
-        "cosine", "cosine, linear, flow, ve, or a table: ddpm (linear betas), improved (cosine betas)"
-    )
+    process: str = leaf("cosine", "cosine, linear, flow, ve, or a table: ddpm (linear betas), improved (cosine betas)")
     table_steps: int = leaf(1000, "T, the steps of a table")
     prediction: str = leaf("v", "what the network predicts: eps, x0, v, score, velocity or edm")
-    times: str = leaf(
-        "uniform", "how t is drawn: uniform, discrete (a table's steps), log_normal or logit_normal"
-    )
-    weight: str = leaf(
-        "none", "none (the head's own), snr, snr_plus_one, min_snr, p2, edm, sigmoid or variational"
-    )
-    learned_variance: bool = leaf(
-        False, "improved DDPM's hybrid loss: the network learns the reverse variance too"
-    )
+    times: str = leaf("uniform", "how t is drawn: uniform, discrete (a table's steps), log_normal or logit_normal")
+    weight: str = leaf("none", "none (the head's own), snr, snr_plus_one, min_snr, p2, edm, sigmoid or variational")
+    learned_variance: bool = leaf(False, "improved DDPM's hybrid loss: the network learns the reverse variance too")
     sigma_data: float = leaf(0.5, "standard deviation of the data, for edm")
     drop_label: float = leaf(0.1, "how often the label is replaced by the null class in training")
 
@@ -50,9 +42,7 @@ class SampleConfig:
     grid: str = leaf("linear", "linear, table (a table's own steps) or karras", free=True)
     eta: float = leaf(0.0, "ddim: 0 is deterministic, 1 has the posterior's variance", free=True)
     variance: float = leaf(0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True)
-    guidance: float = leaf(
-        1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True
-    )
+    guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
     clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]", free=True)
     batch: int = leaf(256, "samples drawn at a time", free=True)
     count: int = leaf(100, "samples that --mode=sample draws, classes in turn", free=True)
@@ -126,9 +116,7 @@ def make_diffusion(config: DiffusionConfig, fourier: bool = False) -> Diffusion:
             f"diffusion.learned_variance needs a table: set diffusion.process to one of {', '.join(tables)}"
         )
     if config.learned_variance:
-        objective = losses.hybrid(
-            chosen, head, jnp.arange(config.table_steps + 1) / config.table_steps, weight
-        )
+        objective = losses.hybrid(chosen, head, jnp.arange(config.table_steps + 1) / config.table_steps, weight)
     else:
         objective = losses.denoising(chosen, head, draw, weight)
 
@@ -173,9 +161,7 @@ def make_denoiser(diffusion: Diffusion, apply: Callable, params: Any) -> Callabl
     return make(diffusion.head, model)
 
 
-def make_sampler(
-    diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None
-) -> Sampler:
+def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None) -> Sampler:
     """The configured sampler, with guidance and clipping around the denoiser."""
     if num_classes is not None and config.guidance != 1.0:
         denoise = guidance.classifier_free(denoise, config.guidance, num_classes)
@@ -183,9 +169,7 @@ def make_sampler(
         denoise = guidance.clip(denoise)
     mean = (lambda x, t, cond: denoise(x, t, cond)[0]) if diffusion.learned else denoise
     options = {
-        "ancestral": lambda: samplers.ancestral(
-            diffusion.process, denoise, config.variance, diffusion.learned
-        ),
+        "ancestral": lambda: samplers.ancestral(diffusion.process, denoise, config.variance, diffusion.learned),
         "ddim": lambda: samplers.ddim(diffusion.process, mean, config.eta),
         "euler": lambda: samplers.euler(diffusion.process, mean),
         "heun": lambda: samplers.heun(diffusion.process, mean),

@@ -68,14 +68,10 @@ class TrainConfig:
 
 @dataclasses.dataclass
 class EvalConfig:
-    judge: str = leaf(
-        "mlp", "mlp (fitted to the real images), resnet (needs judge_weights) or none", free=True
-    )
+    judge: str = leaf("mlp", "mlp (fitted to the real images), resnet (needs judge_weights) or none", free=True)
     judge_weights: str = leaf("", ".npz of a published CIFAR-10 ResNet-20 or -56", free=True)
     split: str = leaf("test", "the held-out part of the data", free=True)
-    samples: int = leaf(
-        10_000, "generated and held-out images compared; at most the held-out split", free=True
-    )
+    samples: int = leaf(10_000, "generated and held-out images compared; at most the held-out split", free=True)
     bound_images: int = leaf(64, "held-out images whose bits/dim --mode=eval measures; 0 = none", free=True)
     bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True)
 
@@ -113,9 +109,7 @@ class Model(NamedTuple):
 def build(config: ImageConfig, source: Source) -> Model:
     """The network and the diffusion around it."""
     if len(source.shape) != 3:
-        raise UserError(
-            f"{source.name} has examples of shape {source.shape}: this experiment needs images [H, W, C]"
-        )
+        raise UserError(f"{source.name} has examples of shape {source.shape}: this experiment needs images [H, W, C]")
     diffusion = denoising.make_diffusion(config.diffusion, config.unet.fourier)
     fields = dataclasses.asdict(config.unet)
     fields["dtype"] = denoising.choose(
@@ -286,9 +280,7 @@ def class_labels(model: Model, columns: int) -> tuple[np.ndarray | None, int]:
     return np.repeat(np.arange(rows, dtype=np.int32), columns), rows * columns
 
 
-def labelled_grid(
-    session: Session, images: np.ndarray, labels: np.ndarray | None, columns: int
-) -> np.ndarray:
+def labelled_grid(session: Session, images: np.ndarray, labels: np.ndarray | None, columns: int) -> np.ndarray:
     """A picture with one row per class, or just a grid where there are no classes."""
     if labels is None:
         return grids.image_grid(images, columns)

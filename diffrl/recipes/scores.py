@@ -36,9 +36,7 @@ def check(config: EvalConfig) -> None:
     """Raises UserError for a judge that will not be there when it is needed."""
     denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
     if config.judge_weights and not pathlib.Path(config.judge_weights).is_file():
-        raise UserError(
-            f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet"
-        )
+        raise UserError(f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet")
 
 
 def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
@@ -61,7 +59,7 @@ def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
 
     def resnet() -> judges.Judge:
         apply, params = cifar_resnet.load(config.judge_weights)
-        return judges.from_network("ResNet", apply, params, x_test, labels_test)
+        return judges.from_network(cifar_resnet.name(params), apply, params, x_test, labels_test)
 
     return denoising.choose("eval.judge", config.judge, {"mlp": mlp, "resnet": resnet})()
 
@@ -83,9 +81,7 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
     source = session.source
     chunks = [np.arange(i, min(i + CHUNK, source.length)) for i in range(0, source.length, CHUNK)]
     reference = frechet.moments(judge.features, (_images(source, chunk)[0] for chunk in chunks))
-    distance = [
-        frechet.frechet_distance(frechet.moments(judge.features, [x]), reference) for x in (fake, real)
-    ]
+    distance = [frechet.frechet_distance(frechet.moments(judge.features, [x]), reference) for x in (fake, real)]
     scores = {"judge": judge.name, "samples": num, "frechet": distance[0], "frechet_real": distance[1]}
     if labels is not None:
         scores |= {
@@ -114,9 +110,7 @@ def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, A
         denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
         learned, v = model.diffusion.learned, config.sample.variance
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
-        return likelihood.variational_bound(
-            model.diffusion.process, denoise, grid, keys, x, label, v, learned
-        )["total"]
+        return likelihood.variational_bound(model.diffusion.process, denoise, grid, keys, x, label, v, learned)["total"]
 
     x, label = _first(held_out, num)
     if model.num_classes is None:

@@ -43,9 +43,7 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(
-                f"cannot make {self.folder}: {error.strerror}; choose another --workdir"
-            ) from error
+            raise UserError(f"cannot make {self.folder}: {error.strerror}; choose another --workdir") from error
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
@@ -199,8 +197,7 @@ def _say(line):
 def _named(tree):
     """{"params/Dense_0/kernel": leaf, ...}, in the tree's order."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree.leaves_with_path(tree)
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
     }
 
 
@@ -228,13 +225,10 @@ def _check_leaves(path, saved, wanted):
     names = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
     if names:
         show = [
-            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
-            for name in names[:3]
+            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here" for name in names[:3]
         ]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        raise UserError(
-            f"{path} holds another model: {'; '.join(show)}{more}: use its config or another --workdir"
-        )
+        raise UserError(f"{path} holds another model: {'; '.join(show)}{more}: use its config or another --workdir")
 
 
 def _not_orbax(record):

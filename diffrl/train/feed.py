@@ -50,9 +50,7 @@ class Collected:
             self._batches = iter(self._collect(state, step_key(state, Purpose.COLLECT)))
             self._ahead = next(self._batches, _END)
             if self.whole:
-                raise UserError(
-                    f"nothing was collected at step {int(state.step)}: a round needs at least one batch"
-                )
+                raise UserError(f"nothing was collected at step {int(state.step)}: a round needs at least one batch")
         batch, self._ahead = self._ahead, next(self._batches, _END)
         return batch
 

@@ -87,12 +87,7 @@ def fit(
                 for hook in hooks:
                     hook(done, state)
                 stop = signals.received(done)
-                due = (
-                    due
-                    or done // checkpoint_every > (done - inner) // checkpoint_every
-                    or done == steps
-                    or stop
-                )
+                due = due or done // checkpoint_every > (done - inner) // checkpoint_every or done == steps or stop
                 if due and (feed.whole or done == steps):
                     report.flush()
                     _save(checkpoints, done, state, feed)
@@ -104,9 +99,7 @@ def fit(
                 checkpoints.wait()
             return state
         except NotFinite as error:
-            raise UserError(
-                f"{error}: try a lower learning rate or clipping; {_saved(checkpoints)}"
-            ) from None
+            raise UserError(f"{error}: try a lower learning rate or clipping; {_saved(checkpoints)}") from None
         finally:
             report.close()
 
@@ -143,9 +136,7 @@ class _Signals:
         self._number, self._before = 0, {}
         # Several processes must stop at the same step: there jax's own SIGTERM handler and its barrier do it.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-            }
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_):
@@ -192,8 +183,4 @@ def _saved(checkpoints):
         return "there are no checkpoints"
     checkpoints.wait()
     steps = checkpoints.steps()
-    return (
-        f"the last checkpoint is step {steps[-1]} in {checkpoints.folder}"
-        if steps
-        else "there is no checkpoint yet"
-    )
+    return f"the last checkpoint is step {steps[-1]} in {checkpoints.folder}" if steps else "there is no checkpoint yet"

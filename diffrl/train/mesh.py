@@ -104,9 +104,7 @@ def state_sharding(mesh, state, small=SMALL):
 
 def place(mesh, state, small=SMALL):
     """A copy of a state, spread over the mesh as `state_sharding` says (every process must hold the same values)."""
-    copy = jax.jit(
-        lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small)
-    )
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small))
     return copy(state)
 
 
@@ -169,9 +167,7 @@ def shard_map_step(make_update, mesh):
     update = make_update(reduce=_mean_over(BATCH_AXES))
     split = P(BATCH_AXES)
     # check_vma would insert a second sum over devices into the gradients of the replicated parameters.
-    mapped = jax.shard_map(
-        update, mesh=mesh, in_specs=(P(), split, split), out_specs=(P(), P()), check_vma=False
-    )
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=(P(), split, split), out_specs=(P(), P()), check_vma=False)
     return lambda state, batch: mapped(state, batch, batch_keys(state, batch_size(batch)))
 
 
@@ -195,9 +191,7 @@ def pmap_step(make_update, devices=None):
             (batch, batch_keys(state, size)),
         )
         # pmap refuses arrays that already lie on devices in another layout, keys above all.
-        state, parts = jax.device_put(
-            (state, parts), (NamedSharding(line, P()), NamedSharding(line, P("device")))
-        )
+        state, parts = jax.device_put((state, parts), (NamedSharding(line, P()), NamedSharding(line, P("device"))))
         return mapped(state, *parts)
 
     return step
@@ -241,6 +235,4 @@ def _check_batch(size, mesh):
 
 
 def _indivisible(size, devices):
-    return UserError(
-        f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}"
-    )
+    return UserError(f"a batch of {size} cannot be split over {devices} devices: choose a multiple of {devices}")

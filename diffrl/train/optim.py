@@ -39,9 +39,7 @@ def make(config, steps) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(
-            config.weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-        ),
+        optax.add_decayed_weights(config.weight_decay, lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=schedule(config, steps)),
     )
 

@@ -17,9 +17,7 @@ from diffrl.errors import UserError
 from diffrl.train.state import batch_keys
 
 
-def make_update(
-    loss, optimizer, *, ema_decay=0.9999, ema_warmup=True, accumulate=1, reduce=lambda tree: tree
-):
+def make_update(loss, optimizer, *, ema_decay=0.9999, ema_warmup=True, accumulate=1, reduce=lambda tree: tree):
     """The update `(state, batch, keys [B]) -> (state, metrics)` of a loss.
 
     Args:
@@ -43,11 +41,7 @@ def make_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)) if ema_warmup else ema_decay
-        ema = (
-            jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
-            if state.ema is not None
-            else None
-        )
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params) if state.ema is not None else None
         metrics = {**metrics, "grad_norm": optax.global_norm(grads), **_learning_rate(opt_state)}
         state = state._replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
         return (state if extra is None else state._replace(extra=extra)), metrics
@@ -94,9 +88,7 @@ def _split(tree, parts):
     """[B, ...] -> [parts, B / parts, ...], dealt like cards: a device that holds a block of B keeps its samples."""
     size = batch_size(tree)
     if size % parts:
-        raise UserError(
-            f"a batch of {size} cannot be accumulated in {parts} parts: choose a multiple of {parts}"
-        )
+        raise UserError(f"a batch of {size} cannot be accumulated in {parts} parts: choose a multiple of {parts}")
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(size // parts, parts, *x.shape[1:]), 1, 0), tree)
 
 

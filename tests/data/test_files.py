@@ -70,9 +70,7 @@ def test_npz_that_is_none(tmp_path, content):
 def test_points_and_floats_are_taken_as_they_are(tmp_path):
     points = RNG.standard_normal((6, 2))
     np.savez(tmp_path / "a.npz", x=points)
-    np.testing.assert_array_equal(
-        npz(str(tmp_path / "a.npz")).fetch(np.arange(6))["x"], points.astype(np.float32)
-    )
+    np.testing.assert_array_equal(npz(str(tmp_path / "a.npz")).fetch(np.arange(6))["x"], points.astype(np.float32))
 
 
 def write_idx(path, array):
@@ -92,9 +90,7 @@ def test_idx_files_compressed_or_not(tmp_path, suffix):
     np.testing.assert_array_equal(batch["label"], [1, 2])
 
 
-@pytest.mark.parametrize(
-    "damage", [lambda d: d[:30], lambda d: d[:2], lambda d: b"\1" + d, lambda d: b"\x1f\x8b" + d]
-)
+@pytest.mark.parametrize("damage", [lambda d: d[:30], lambda d: d[:2], lambda d: b"\1" + d, lambda d: b"\x1f\x8b" + d])
 def test_damaged_idx_files(tmp_path, damage):
     file = tmp_path / "train-images-idx3-ubyte"
     write_idx(file, X)

@@ -47,9 +47,7 @@ def test_resizing_does_not_alias():
 
 def test_conversions():
     grey = np.array([[0, 100], [200, 255]], np.uint8)
-    np.testing.assert_array_equal(
-        images.fit(Image.fromarray(grey), channels=3), np.stack([grey] * 3, axis=-1)
-    )
+    np.testing.assert_array_equal(images.fit(Image.fromarray(grey), channels=3), np.stack([grey] * 3, axis=-1))
     red = np.zeros((1, 1, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
     assert images.fit(Image.fromarray(red), channels=1).item() == 76  # 0.299 of 255: ITU-R 601 luma
 
@@ -99,9 +97,7 @@ def test_resized_sources():
     batch = larger.fetch(np.array([2, 0]))
     assert batch["x"].shape == (2, *larger.shape) == (2, 16, 16, 3)
     np.testing.assert_array_equal(batch["label"], [2, 0])
-    np.testing.assert_array_equal(
-        batch["x"][0, ..., 0], images.fit(Image.fromarray(x[2, ..., 0]), 16)[..., 0]
-    )
+    np.testing.assert_array_equal(batch["x"][0, ..., 0], images.fit(Image.fromarray(x[2, ..., 0]), 16)[..., 0])
 
 
 @pytest.mark.parametrize("x", [np.zeros((3, 2)), np.zeros((3, 8, 8, 1)), np.zeros((3, 8, 8, 2), np.uint8)])

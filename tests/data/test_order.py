@@ -9,9 +9,7 @@ import pytest
 from diffrl.data.order import Order
 
 
-def order(
-    size=10, batch_size=4, *, seed=0, shuffle=True, epochs=None, drop=True, flip=False, host=0, hosts=1
-):
+def order(size=10, batch_size=4, *, seed=0, shuffle=True, epochs=None, drop=True, flip=False, host=0, hosts=1):
     return Order(size, batch_size, seed, shuffle, epochs, drop, flip, host, hosts)
 
 

@@ -39,9 +39,7 @@ def test_resumes_after_the_last_consumed_item(inner, stop):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
     assert state == {"step": stop * inner}  # not what lies in the queue
-    expected = list(
-        itertools.islice(first, 6)
-    )  # 2.5 batches per epoch: epochs end within batches, and within stacks
+    expected = list(itertools.islice(first, 6))  # 2.5 batches per epoch: epochs end within batches, and within stacks
 
     second = make(size=1, inner=inner)
     next(second)

@@ -55,9 +55,7 @@ def test_digits_are_the_original_pixels_split_without_overlap():
 
     parts = [digits(split) for split in ("train", "test")]
     rows = [part.fetch(np.arange(part.length)) for part in parts]
-    assert sorted(x.tobytes() for row in rows for x in row["x"]) == sorted(
-        x.tobytes() for x in everything["x"]
-    )
+    assert sorted(x.tobytes() for row in rows for x in row["x"]) == sorted(x.tobytes() for x in everything["x"])
     share = np.bincount(rows[1]["label"]) / np.bincount(everything["label"])
     np.testing.assert_allclose(share, 0.2, atol=0.005)
     with pytest.raises(UserError, match="no split 'valid': choose one of train, test, all"):

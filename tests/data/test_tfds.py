@@ -71,9 +71,7 @@ def test_slices_of_splits_sizes_and_channels(prepared):
 
 
 def test_examples_that_do_not_fit_are_named(prepared):
-    with pytest.raises(
-        UserError, match=r"image 4 of tfds:tiny \(train\) has shape \(8, 8, 1\), .*image_size=6"
-    ):
+    with pytest.raises(UserError, match=r"image 4 of tfds:tiny \(train\) has shape \(8, 8, 1\), .*image_size=6"):
         tfds("tiny", "train", str(prepared)).fetch(np.array([0, 4]))
     with pytest.raises(UserError, match=r"tfds:tiny \(train\) has a label -1 outside 0\.\.1"):
         tfds("tiny", "train", str(prepared), size=6).fetch(np.array([0, 4]))
@@ -81,9 +79,7 @@ def test_examples_that_do_not_fit_are_named(prepared):
 
 def test_mistakes_are_one_line(prepared, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else found(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tensorflow" else found(name))
 
     def message(*args) -> str:
         with pytest.raises(UserError) as error:
@@ -92,15 +88,11 @@ def test_mistakes_are_one_line(prepared, monkeypatch):
         return str(error.value)
 
     assert "Unknown split 'valid'. Should be one of ['train']" in message("tiny", "valid", str(prepared))
-    assert "tensorflow-datasets has no set 'mnst': did you mean mnist" in message(
-        "mnst", "train", str(prepared)
-    )
+    assert "tensorflow-datasets has no set 'mnst': did you mean mnist" in message("mnst", "train", str(prepared))
     missing = message("mnist", "train", str(prepared))
     assert f"tfds:mnist is not prepared in {prepared}: pip install 'diffrl[tfds]'" in missing
     assert "point --config.data.dir" in missing
-    with pytest.raises(
-        UserError, match=r"no train-images-idx3-ubyte.gz in .*, and tfds:mnist is not prepared"
-    ):
+    with pytest.raises(UserError, match=r"no train-images-idx3-ubyte.gz in .*, and tfds:mnist is not prepared"):
         make_source(DataConfig("mnist", dir=str(prepared)))
 
 
@@ -138,9 +130,7 @@ assert ("tensorflow" in sys.modules) == (sys.argv[2] == "with")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None, reason="preparing a set needs TensorFlow: [tfds]"
-)
+@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="preparing a set needs TensorFlow: [tfds]")
 def test_mnist_is_prepared_once_with_tensorflow_and_read_without(data_dir, tmp_path):
     """The original files, put where the library looks for files fetched by hand, pass its checksums."""
     from diffrl.data import mnist

@@ -51,16 +51,12 @@ def test_png_round_trip(tmp_path):
     for channels in (1, 3, 4):
         picture = np.random.default_rng(1).integers(0, 256, (5, 7, channels), np.uint8)
         grids.save_png(tmp_path / "new" / "p.png", picture)
-        assert np.array_equal(
-            np.asarray(Image.open(tmp_path / "new" / "p.png")).reshape(picture.shape), picture
-        )
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "p.png")).reshape(picture.shape), picture)
 
 
 def test_plots_write_files_of_their_kind(tmp_path):
     steps = np.arange(1, 100)
-    plots.curves(
-        tmp_path / "a" / "loss.png", {"x": (steps, 1 / steps)}, "step", "loss", log_y=True, smooth=10
-    )
+    plots.curves(tmp_path / "a" / "loss.png", {"x": (steps, 1 / steps)}, "step", "loss", log_y=True, smooth=10)
     assert Image.open(tmp_path / "a" / "loss.png").size == (960, 600)
     plots.points(tmp_path / "cloud.svg", {"data": np.eye(2), "samples": -np.eye(2)})
     assert "</svg>" in (tmp_path / "cloud.svg").read_text()

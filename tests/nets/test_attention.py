@@ -83,9 +83,7 @@ def test_cudnn_equals_xla():
         return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
 
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.03
-        ),
+        lambda a, b: np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=0.03),
         value_and_grads("cudnn"),
         value_and_grads("xla"),
     )

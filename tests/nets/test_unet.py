@@ -31,9 +31,7 @@ def random_variables(net, spatial, channels=3):
     """Small normals everywhere, last layers included: the initialiser's zeros would hide the network."""
     leaves, tree = jax.tree.flatten(shapes(net, spatial, channels))
     rng = np.random.default_rng(0)
-    return tree.unflatten(
-        [jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves]
-    )
+    return tree.unflatten([jnp.asarray(0.2 * rng.standard_normal(leaf.shape), jnp.float32) for leaf in leaves])
 
 
 def batch(spatial, size=2, channels=3):

@@ -57,6 +57,11 @@ def torch_forward(state, blocks, pixels):
     return f.linear(features, w["linear.weight"], w["linear.bias"]).numpy(), features.numpy()
 
 
+@pytest.mark.parametrize(("blocks", "name"), [(3, "ResNet20"), (9, "ResNet56")])
+def test_the_name_has_the_depth(blocks, name):
+    assert cifar_resnet.name(cifar_resnet.convert(random_state(blocks), blocks)) == name
+
+
 def cifar_test(data_dir):
     """Images in [-1, 1] and labels of CIFAR-10's test split."""
     mosaic = np.asarray(Image.open(data_dir / "cifar10" / "test_mosaic100.webp").convert("RGB"))
@@ -102,9 +107,7 @@ def test_first_thousand_images(data_dir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "percent", "floor"), [("20-12fca82f", 91.73, 0.0492), ("56-4bfd9763", 93.39, 0.0735)]
-)
+@pytest.mark.parametrize(("name", "percent", "floor"), [("20-12fca82f", 91.73, 0.0492), ("56-4bfd9763", 93.39, 0.0735)])
 def test_published_accuracy(data_dir, name, percent, floor):
     """And the Fréchet distance between the halves of the test split: real against real, 5k against 5k."""
     images, labels = cifar_test(data_dir)

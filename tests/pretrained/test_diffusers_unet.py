@@ -85,9 +85,7 @@ def outputs(model, unet, params):
 def test_same_output(config):
     model = torch_unet(config)
     unet = diffusers_unet.unet_from_config(model.config)
-    theirs, ours = outputs(
-        model, unet, diffusers_unet.params_from_diffusers(numpy_weights(model), model.config)
-    )
+    theirs, ours = outputs(model, unet, diffusers_unet.params_from_diffusers(numpy_weights(model), model.config))
     assert np.abs(theirs).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -109,9 +107,7 @@ def test_old_names_of_the_attention():
                 old[name.replace(new, before)] = old.pop(name)
     assert old.keys() != weights.keys()
     expected = diffusers_unet.params_from_diffusers(weights, model.config)
-    jax.tree.map(
-        np.testing.assert_array_equal, diffusers_unet.params_from_diffusers(old, model.config), expected
-    )
+    jax.tree.map(np.testing.assert_array_equal, diffusers_unet.params_from_diffusers(old, model.config), expected)
 
 
 def test_parameter_count_of_adm_imagenet64():

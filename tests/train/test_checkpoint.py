@@ -102,9 +102,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "hurt", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "deleted"]
-)
+@pytest.mark.parametrize("hurt", [truncate, flip, lambda path: path.unlink()], ids=["truncated", "flipped", "deleted"])
 def test_every_damaged_file_is_noticed(checkpoints, hurt, capsys):
     """Each file in turn is damaged in the newest checkpoint: the one before comes back, nothing is deleted."""
     save(checkpoints, 1, 2)
@@ -172,9 +170,7 @@ def test_full_disk_is_seen_beforehand(checkpoints, monkeypatch, capfd):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.host(state_at(2))))
     usage = shutil.disk_usage(checkpoints.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
-    with pytest.raises(
-        UserError, match=r"cannot save .*/2: No space left on device; .*kept checkpoints: 1\)"
-    ):
+    with pytest.raises(UserError, match=r"cannot save .*/2: No space left on device; .*kept checkpoints: 1\)"):
         checkpoints.save(2, state_at(2))
     assert capfd.readouterr().err == ""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
@@ -200,9 +196,7 @@ def test_a_refused_write_is_one_line_and_keeps_what_was_there(checkpoints, capfd
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        UserError, match=r"cannot make .*/file/checkpoints: Not a directory; choose another --workdir"
-    ):
+    with pytest.raises(UserError, match=r"cannot make .*/file/checkpoints: Not a directory; choose another --workdir"):
         Checkpoints(tmp_path / "file" / "checkpoints")
     with pytest.raises(UserError, match="keep at least 1"):
         Checkpoints(tmp_path, keep=0)

@@ -53,9 +53,7 @@ def interrupt(folder, number, after):
     time.sleep(after)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (143 if number == signal.SIGTERM else -number), (
-        "it ended before the signal came"
-    )
+    assert process.returncode == (143 if number == signal.SIGTERM else -number), "it ended before the signal came"
     return err
 
 
@@ -75,9 +73,7 @@ def test_interrupted_runs_end_the_same(tmp_path, whole, signals):
     for number in signals:
         said = interrupt(tmp_path, number, after=rng.uniform(0, 0.25))
         if number == TERM:
-            assert re.search(
-                r"stopped at step (\d+); the last checkpoint is step \1 in .*; the same .*\n$", said
-            )
+            assert re.search(r"stopped at step (\d+); the last checkpoint is step \1 in .*; the same .*\n$", said)
     finish(start(tmp_path))
     state, position, losses = end(tmp_path)
     assert int(state.step) == STEPS

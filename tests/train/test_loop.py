@@ -61,9 +61,7 @@ def test_resuming_is_exact(tmp_path, inner):
     parts.fit(12)
     toy.assert_same(parts.state, whole.state)
     assert parts.data.place == whole.data.place == 12
-    losses = [
-        [(line["step"], line["loss"]) for line in recorded(tmp_path / name)] for name in ("whole", "parts")
-    ]
+    losses = [[(line["step"], line["loss"]) for line in recorded(tmp_path / name)] for name in ("whole", "parts")]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == [4, 8, 12]
 

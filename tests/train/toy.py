@@ -16,9 +16,7 @@ SMALL = 100  # so that the hidden layer counts as a big leaf
 def params():
     rng = np.random.default_rng(0)
     first, second = (rng.normal(size=shape) / 4 for shape in ((D, 2 * D), (2 * D, D)))
-    return jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float32), {"a": first, "b": np.zeros(2 * D), "c": second}
-    )
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), {"a": first, "b": np.zeros(2 * D), "c": second})
 
 
 def loss(params, state, batch, keys):
@@ -75,16 +73,12 @@ class Data:
 
 def host(tree):
     """Leaves as numpy, keys as their data."""
-    plain = jax.tree.map(
-        lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree
-    )
+    plain = jax.tree.map(lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x, tree)
     return jax.device_get(plain)
 
 
 def assert_close(a, b, tolerance):
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), host(a), host(b)
-    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), host(a), host(b))
 
 
 def assert_same(a, b):

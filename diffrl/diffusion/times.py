@@ -62,11 +62,12 @@ def karras_grid(
 ) -> Array:
     """EDM's grid: sigma / alpha from `sigma_max` to `sigma_min`, even in its 1/rho-th power, and then t = 0: [num + 1].
 
-    Karras et al. (2022), eq. 5, turned into times of `process`.
+    Karras et al. (2022), eq. 5, turned into times of `process`, and starting no higher than sigma(1) / alpha(1).
     """
-    ramp = np.linspace(0.0, 1.0, num)
-    levels = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    times = from_log_snr(process, jnp.asarray(-2.0 * np.log(levels), jnp.result_type(float)))
+    # Levels beyond the process would all become t = 1, and a step from 1 to 1 has no variance to take the log of.
+    top = jnp.minimum(sigma_max, jnp.exp(-0.5 * log_snr(process, jnp.ones(())))) ** (1 / rho)
+    levels = (top + jnp.linspace(0.0, 1.0, num) * (sigma_min ** (1 / rho) - top)) ** rho
+    times = from_log_snr(process, -2.0 * jnp.log(levels))
     return jnp.append(times, 0.0)
 
 

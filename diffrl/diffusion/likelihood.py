@@ -54,7 +54,6 @@ def discretised_log_likelihood(x0: Array, mean: Array, log_var: Array) -> Array:
     upper = (centre + HALF_BIN) * inverse_std
     lower = (centre - HALF_BIN) * inverse_std
     at_top, at_bottom = sign * x0 > 0.999, sign * x0 < -0.999
-    upper = jnp.where(at_top, jnp.inf, upper)
     log_upper = jnp.where(at_top, 0.0, jax.scipy.stats.norm.logcdf(jnp.where(at_top, 0.0, upper)))
     log_lower = jax.scipy.stats.norm.logcdf(jnp.where(at_bottom, 0.0, lower))
     gap = jnp.where(at_bottom, -1.0, jnp.minimum(log_lower - log_upper, -1e-6))

@@ -26,7 +26,7 @@ Weight = Callable[[Process, Array], Array]
 Objective = Callable[[Model, Array, Any, Array], tuple[Array, dict[str, Array]]]
 
 # Purposes that a sample's key is split by.
-TIME, NOISE, BOUND = range(3)
+TIME, NOISE = range(2)
 
 
 def mean_flat(x: Array) -> Array:
@@ -105,7 +105,11 @@ def edm(sigma_data: float = 0.5) -> Weight:
 
 
 def sigmoid(bias: float = 0.0) -> Weight:
-    """SNR * sigmoid(bias - log SNR) (Kingma & Gao, 2023; Hoogeboom et al., 2024)."""
+    """SNR * sigmoid(bias - log SNR) (Kingma & Gao, 2023; Hoogeboom et al., 2024).
+
+    The papers' w(lambda) = sigmoid(bias - lambda) is this where log SNR is drawn uniformly; another draw of t
+    multiplies w by its density in log SNR.
+    """
     return lambda process, t: snr(process, t) * jax.nn.sigmoid(bias - log_snr(process, t))
 
 

@@ -38,14 +38,14 @@ def mixture(weights: Any, means: Any, covariances: Any) -> Mixture:
     return Mixture(*(jnp.asarray(a) for a in (log_weights, means, np.maximum(spectra, 0.0), bases)))
 
 
-def _components(m: Mixture, process: Process, x: Array, t: Array) -> tuple[Array, Array, Array]:
-    """log p(x_t, k) [B, K] and E[x_0 | x_t, k] [B, K, D] for x [B, D], with C_k's spectrum [B, K, D]."""
+def _components(m: Mixture, process: Process, x: Array, t: Array) -> tuple[Array, Array]:
+    """log p(x_t, k) [B, K] and E[x_0 | x_t, k] [B, K, D] for x [B, D]."""
     alpha, sigma = (a[..., None, :] for a in scales(process, jnp.broadcast_to(t, x.shape[:1]), x))
     variance = alpha**2 * m.spectra + sigma**2
     offset = jnp.einsum("bkd,kde->bke", x[:, None] - alpha * m.means, m.bases)
     log_density = -0.5 * (offset**2 / variance + jnp.log(2 * jnp.pi * variance)).sum(-1)
     mean = m.means + jnp.einsum("bke,kde->bkd", alpha * m.spectra / variance * offset, m.bases)
-    return m.log_weights + log_density, mean, variance
+    return m.log_weights + log_density, mean
 
 
 def log_density(m: Mixture, process: Process, x: Array, t: Array) -> Array:
@@ -58,7 +58,7 @@ def denoiser(m: Mixture, process: Process) -> Denoiser:
 
     def denoise(x, t, cond=None):
         del cond
-        joint, mean, _ = _components(m, process, x, t)
+        joint, mean = _components(m, process, x, t)
         return jnp.einsum("bk,bkd->bd", jax.nn.softmax(joint, axis=-1), mean)
 
     return denoise

@@ -3,8 +3,6 @@
 The curves are written from the papers in numpy, so that they stand as oracles beside `diffrl.diffusion.process`.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +66,5 @@ def relative(actual, expected) -> float:
     return float(np.max(np.abs(actual - expected)) / np.max(np.abs(expected)))
 
 
-@functools.cache
 def key(seed: int = 0) -> jax.Array:
     return jax.random.key(seed)

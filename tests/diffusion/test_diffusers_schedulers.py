@@ -1,0 +1,179 @@
+"""Tables, grids, single steps and whole walks against diffusers' schedulers, on one deterministic model."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusion_cases import key
+
+from diffrl.diffusion import losses, prediction, samplers, times
+from diffrl.diffusion import process as P
+from diffrl.diffusion.sampling import Sampler, sample
+
+pytestmark = pytest.mark.oracle
+torch = pytest.importorskip("torch", reason="torch of the [oracles] extra is not installed")
+diffusers = pytest.importorskip("diffusers", reason="diffusers of the [oracles] extra is not installed")
+
+T = 1000
+BETAS = {
+    "linear": P.linear_betas(),
+    "scaled_linear": P.scaled_linear_betas(),
+    "squaredcos_cap_v2": P.cosine_betas(),
+}
+TABLE = P.tabulated(P.alpha_bars(P.linear_betas()))
+X = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
+
+
+def predict(x, k, library=np):
+    """A smooth "noise prediction" at index k = 0 ... T - 1, the same in numpy, jax and torch."""
+    return 0.6 * library.tanh(x) + 0.3 * x * (k / T) - 0.1
+
+
+def model(x, t, cond):
+    return predict(x, (t * T - 1.0)[:, None, None, None], jnp)
+
+
+DENOISE = prediction.from_eps(TABLE, model)
+
+
+def schedule(name):
+    ranges = {"scaled_linear": (0.00085, 0.012)}.get(name, (1e-4, 0.02))
+    return {"beta_schedule": name, "beta_start": ranges[0], "beta_end": ranges[1], "num_train_timesteps": T}
+
+
+def walked(scheduler, num, **options):
+    """diffusers' own loop from X."""
+    scheduler.set_timesteps(num)
+    x = torch.tensor(X) * scheduler.init_noise_sigma
+    for k in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, k)
+        x = scheduler.step(predict(scaled, k.item(), torch), k, x, **options).prev_sample
+    return x.numpy()
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_tables(name):
+    theirs = diffusers.DDPMScheduler(**schedule(name))
+    np.testing.assert_allclose(BETAS[name], theirs.betas, rtol=1e-4)
+    np.testing.assert_allclose(P.alpha_bars(BETAS[name]), theirs.alphas_cumprod, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 20, 500, 999])
+@pytest.mark.parametrize(("kind", "v"), [("fixed_small", 0.0), ("fixed_large", 1.0), ("learned_range", 0.3)])
+def test_steps_of_ddpm(kind, v, k):
+    """The reverse step from index k to k - 1: its mean, and its standard deviation times the very noise of torch."""
+    theirs = diffusers.DDPMScheduler(**schedule("linear"), variance_type=kind, clip_sample=False)
+    out = predict(torch.tensor(X), k, torch)
+    if kind == "learned_range":
+        out = torch.cat([out, torch.full_like(out, 2 * v - 1)], dim=1)
+    step = theirs.step(out, k, torch.tensor(X), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(0)).numpy()
+
+    x0 = DENOISE(jnp.asarray(X), jnp.full(4, (k + 1) / T), None)
+
+    def denoise(*_):
+        return (x0, v) if kind == "learned_range" else x0
+
+    sampler = samplers.ancestral(TABLE, denoise, v, learned=kind == "learned_range")
+    grid = jnp.array([k + 1, k]) / T
+    _, info = sample(sampler, key(), jnp.asarray(X), grid, trace=lambda x, info: info)
+    np.testing.assert_allclose(info.x0[0], step.pred_original_sample, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(info.mean[0] + info.std[0] * noise, step.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_step_of_ddpm():
+    theirs = diffusers.DDPMScheduler(**schedule("linear"), clip_sample=False)
+    expected = theirs.step(predict(torch.tensor(X), 0, torch), 0, torch.tensor(X)).prev_sample
+    actual = sample(samplers.ancestral(TABLE, DENOISE), key(), jnp.asarray(X), jnp.array([1 / T, 0.0]))
+    np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("num", [10, 50])
+def test_ddim(num):
+    theirs = diffusers.DDIMScheduler(**schedule("linear"), timestep_spacing="trailing", clip_sample=False)
+    expected = walked(theirs, num)
+    np.testing.assert_array_equal(theirs.timesteps, np.asarray(times.table_grid(T, num) * T - 1)[:-1].round())
+    actual = sample(samplers.ddim(TABLE, DENOISE), key(), jnp.asarray(X), times.table_grid(T, num))
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_ddim_with_noise():
+    """eta = 0.7, the same constant "noise" at every step."""
+    noise = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+    theirs = diffusers.DDIMScheduler(**schedule("linear"), timestep_spacing="trailing", clip_sample=False)
+    expected = walked(theirs, 20, eta=0.7, variance_noise=torch.tensor(noise))
+    ours = samplers.ddim(TABLE, DENOISE, eta=0.7)
+
+    def step(keys, state, t, s, cond):
+        state, info = ours.step(keys, state, t, s, cond)
+        return state._replace(x=info.mean + info.std * noise), info
+
+    actual = sample(Sampler(ours.init, step), key(), jnp.asarray(X), times.table_grid(T, 20))
+    np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("EulerDiscreteScheduler", samplers.euler), ("HeunDiscreteScheduler", samplers.heun)]
+)
+def test_euler_and_heun_in_sigma_over_alpha(theirs, ours):
+    """k-diffusion's x is x / alpha; its walk ends with Euler's step into sigma = 0, as ours does."""
+    scheduler = getattr(diffusers, theirs)(**schedule("linear"), timestep_spacing="trailing")
+    expected = walked(scheduler, 20)
+    alpha = TABLE.alpha(jnp.ones(()))
+    x = jnp.asarray(X) * scheduler.init_noise_sigma.item() * alpha
+    actual = sample(ours(TABLE, DENOISE), key(), x, times.table_grid(T, 20))
+    np.testing.assert_allclose(actual, expected, rtol=5e-4, atol=5e-4)
+
+
+def test_flow_matching():
+    """Rectified flow's Euler steps along dx/dt = velocity, on our straight grid."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=T, shift=1.0)
+    grid = np.linspace(1.0, 0.0, 11)
+    scheduler.set_timesteps(sigmas=grid[:-1].tolist())
+    np.testing.assert_allclose(scheduler.sigmas, grid, atol=1e-6)
+    x = torch.tensor(X)
+    for k in scheduler.timesteps:
+        x = scheduler.step(predict(x, k.item(), torch), k, x).prev_sample
+    process = P.flow()
+
+    def velocity(x, t, cond):
+        return predict(x, (t * T)[:, None, None, None], jnp)
+
+    denoise = prediction.from_velocity(process, velocity)
+    actual = sample(samplers.euler(process, denoise), key(), jnp.asarray(X), times.linear_grid(10))
+    np.testing.assert_allclose(actual, x, rtol=1e-4, atol=1e-4)
+
+
+def test_edm():
+    """Preconditioning, Karras's sigmas and Euler's steps of EDM; the network sees log(sigma) / 4."""
+    scheduler = diffusers.EDMEulerScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, rho=7.0)
+    scheduler.set_timesteps(18)
+    process = P.ve(0.002, 100.0)
+    grid = times.karras_grid(process, 18)
+    np.testing.assert_allclose(process.sigma(grid), scheduler.sigmas, rtol=1e-4)
+
+    x = 80.0 * torch.tensor(X)
+    for c_noise in scheduler.timesteps:
+        shown = scheduler.scale_model_input(x, c_noise)
+        x = scheduler.step(predict(shown, 100 * c_noise.item(), torch), c_noise, x).prev_sample
+
+    def network(shown, t, cond):
+        return predict(shown, (25.0 * jnp.log(process.sigma(t)))[:, None, None, None], jnp)
+
+    denoise = prediction.edm(process, network, 0.5)
+    actual = sample(samplers.euler(process, denoise), key(), 80.0 * jnp.asarray(X), grid)
+    np.testing.assert_allclose(actual, x, rtol=1e-3, atol=1e-3)
+
+
+def test_snr_and_v_targets():
+    from diffusers.training_utils import compute_snr
+
+    scheduler = diffusers.DDPMScheduler(**schedule("scaled_linear"))
+    process = P.tabulated(P.alpha_bars(P.scaled_linear_betas()))
+    k = torch.tensor([0, 10, 400, 999])
+    t = jnp.asarray((k.numpy() + 1) / T, jnp.float32)
+    np.testing.assert_allclose(losses.snr(process, t), compute_snr(scheduler, k), rtol=1e-3)
+    eps = torch.tensor(X[::-1].copy())
+    xt = P.add_noise(process, jnp.asarray(X), t, jnp.asarray(X[::-1]))
+    np.testing.assert_allclose(xt, scheduler.add_noise(torch.tensor(X), eps, k), atol=1e-5)
+    v = prediction.v_head(process).target(jnp.asarray(X), jnp.asarray(X[::-1]), t)
+    np.testing.assert_allclose(v, scheduler.get_velocity(torch.tensor(X), eps, k), atol=1e-5)

@@ -1,0 +1,221 @@
+"""Samplers with exact denoisers: per-step float64 recursions, moments of a mixture, orders of convergence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from diffusion_cases import CURVES, NAMES, PROCESSES, blobs, key, switched
+
+from diffrl.diffusion import mixtures, samplers, times
+from diffrl.diffusion import process as P
+from diffrl.diffusion.sampling import sample, start
+
+MEAN, VARIANCE = 0.4, 0.09  # of one-dimensional Gaussian data
+GAUSSIAN = mixtures.mixture([1.0], [[MEAN]], [VARIANCE])
+
+
+def exact_v(process, t, s, variance=VARIANCE):
+    """The v that makes an ancestral step's variance that of q(x_s | x_t), for N(m, l I) data."""
+
+    def marginal(u):
+        return process.alpha(u) ** 2 * variance + process.sigma(u) ** 2
+
+    true = marginal(s) - (process.alpha(t) / process.alpha(s) * marginal(s)) ** 2 / marginal(t)
+    small, large = P.posterior_variance(process, t, s), P.transition_variance(process, t, s)
+    return jnp.log(true / small) / jnp.log(large / small)
+
+
+SAMPLERS = {
+    "ancestral0": lambda p, d: samplers.ancestral(p, d, 0.0),
+    "ancestral1": lambda p, d: samplers.ancestral(p, d, 1.0),
+    "ddim0": lambda p, d: samplers.ddim(p, d),
+    "ddim0.25": lambda p, d: samplers.ddim(p, d, 0.25),
+    "ddim0.5": lambda p, d: samplers.ddim(p, d, 0.5),
+    "ddim1": lambda p, d: samplers.ddim(p, d, 1.0),
+    "euler": samplers.euler,
+    "heun": samplers.heun,
+    "heun_flow": lambda p, d: samplers.heun(p, d, flow=True),
+}
+
+
+# --- Every step is the affine Gaussian map of the papers -------------------------------------------------------------
+
+GRID = np.linspace(1.0, 0.0, 11).astype(np.float32)
+
+
+def affine_step(name, curves, t, s):
+    """(A, b, std) of x_s ~ N(A x_t + b, std^2) in float64, for the optimal x_0 of N(MEAN, VARIANCE) data."""
+    (a_t, s_t), (a_s, s_s) = curves(t), curves(s)
+    gain = a_t * VARIANCE / (a_t**2 * VARIANCE + s_t**2)
+    x0 = np.array([gain, MEAN - gain * a_t * MEAN])  # (slope, intercept)
+    eps = (np.array([1.0, 0.0]) - a_t * x0) / s_t
+    beta = s_t**2 - (a_t / a_s * s_s) ** 2
+    tilde = beta * s_s**2 / s_t**2
+    if name.startswith("ancestral"):
+        mean = a_s * beta / s_t**2 * x0 + (a_t / a_s) * s_s**2 / s_t**2 * np.array([1.0, 0.0])
+        std = 0.0 if s_s == 0 else np.sqrt(beta if name.endswith("1") else tilde)
+    else:
+        eta = float(name.removeprefix("ddim"))
+        std = eta * np.sqrt(tilde)
+        mean = a_s * x0 + np.sqrt(max(s_s**2 - std**2, 0.0)) * eps
+    return *mean, std
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def walk(name, index, key, x):
+    process = switched(index)
+    sampler = SAMPLERS[name](process, mixtures.denoiser(GAUSSIAN, process))
+
+    def keep(x, info):
+        return (x[:32], info.mean[:32], info.std, info.x0[:32])
+
+    return sample(sampler, key, x, jnp.asarray(GRID), trace=keep)
+
+
+@pytest.mark.parametrize("name", ["ancestral0", "ancestral1", "ddim0", "ddim0.25", "ddim0.5", "ddim1"])
+def test_steps_are_the_papers_recursion(name):
+    """Of each step from 1 to 0 its mean, its std and x_0; of 40,000 samples the final variance, all processes."""
+    for index, process in enumerate(NAMES):
+        curves = CURVES[process]
+        x = start(PROCESSES[process], key(index), (40_000, 1))
+        final, (xs, means, stds, x0s) = walk(name, index, key(100 + index), x)
+        xs = np.concatenate([x[None, :32], xs]).astype(np.float64)
+        mean, variance = 0.0, float(PROCESSES[process].sigma(jnp.ones(()))) ** 2
+        for n in range(10):
+            t, s = np.float64(GRID[n]), np.float64(GRID[n + 1])
+            slope, intercept, std = affine_step(name, curves, t, s)
+            scale = np.abs(xs[n]).max()
+            np.testing.assert_allclose(means[n], slope * xs[n] + intercept, atol=3e-5 * scale, err_msg=process)
+            assert float(stds[n]) == pytest.approx(std, rel=3e-4, abs=1e-7), (process, n)
+            mean, variance = slope * mean + intercept, slope**2 * variance + std**2
+        assert float(stds[-1]) == 0.0
+        np.testing.assert_array_equal(final[:32], x0s[-1])  # the last step returns the estimate
+        assert float(final.var()) == pytest.approx(variance, rel=4 * np.sqrt(2 / 40_000)), process
+        assert float(final.mean()) == pytest.approx(mean, abs=4 * np.sqrt(variance / 40_000) + 1e-5), process
+
+
+@pytest.mark.parametrize("process", NAMES)
+def test_ddim_with_eta_one_is_ancestral_with_the_posteriors_variance(process):
+    """Two derivations of one chain, on the same noise."""
+    index = NAMES.index(process)
+    x = start(PROCESSES[process], key(index), (40_000, 1))
+    ancestral, ddim = (walk(name, index, key(1), x)[0] for name in ("ancestral0", "ddim1"))
+    np.testing.assert_allclose(ancestral, ddim, atol=1e-4)
+
+
+def test_ancestral_with_the_exact_variance_keeps_every_marginal():
+    """With q(x_s | x_t)'s own variance, learned=True, five steps are as exact as a thousand."""
+    grid = jnp.linspace(1.0, 0.1, 6)
+
+    @jax.jit
+    def run(index, key, x):
+        process = switched(index)
+        mean = mixtures.denoiser(GAUSSIAN, process)
+
+        def denoise(x, t, cond):
+            s = t - (grid[0] - grid[1])
+            return mean(x, t), exact_v(process, t, s)[:, None] + jnp.zeros_like(x)
+
+        return sample(samplers.ancestral(process, denoise, learned=True), key, x, grid)
+
+    for index, name in enumerate(NAMES):
+        alpha, sigma = CURVES[name](np.array([1.0, 0.1]))
+        variance = alpha**2 * VARIANCE + sigma**2
+        noised = alpha[0] * MEAN + np.sqrt(variance[0]) * jax.random.normal(key(1), (40_000, 1))
+        x = np.asarray(run(index, key(2), noised))
+        assert x.var() == pytest.approx(variance[1], rel=4 * np.sqrt(2 / 40_000)), name
+        assert x.mean() == pytest.approx(alpha[1] * MEAN, abs=4 * np.sqrt(variance[1] / 40_000)), name
+
+
+# --- Moments of a mixture --------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def samples_of_blobs(name, index, key, x, grid):
+    process = switched(index)
+    return sample(SAMPLERS[name](process, mixtures.denoiser(blobs(), process)), key, x, grid)
+
+
+@pytest.mark.parametrize("name", ["ancestral0", "ancestral1", "ddim0", "ddim0.5", "heun", "heun_flow"])
+def test_moments_of_a_mixture(name):
+    """Mean and covariance of 20,000 samples, every process; and no NaN from 1 to 0."""
+    mean, covariance = mixtures.moments(blobs())
+    for index, process in enumerate(NAMES):
+        x = start(PROCESSES[process], key(10 + index), (20_000, 2))
+        x = np.asarray(samples_of_blobs(name, index, key(20 + index), x, times.linear_grid(150)))
+        np.testing.assert_allclose(x.mean(0), mean, atol=0.02, err_msg=process)
+        np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.02, err_msg=process)
+
+
+# --- Orders of convergence -------------------------------------------------------------------------------------------
+
+
+def errors(name, process, counts, first=0.9, last=0.1):
+    """Distance to the probability flow's exact map for Gaussian data: it keeps (x - alpha m) / std fixed."""
+    x = jnp.linspace(-1.5, 1.5, 7)[:, None]
+    alpha, sigma = CURVES[process](np.array([first, last], np.float64))
+    std = np.sqrt(alpha**2 * VARIANCE + sigma**2)
+    exact = alpha[1] * MEAN + std[1] * (np.asarray(x, np.float64) - alpha[0] * MEAN) / std[0]
+    sampler = SAMPLERS[name](PROCESSES[process], mixtures.denoiser(GAUSSIAN, PROCESSES[process]))
+    run = jax.jit(lambda grid: sample(sampler, key(), x, grid))
+    return [np.abs(run(jnp.linspace(first, last, n + 1)) - exact).max() for n in counts]
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("heun_flow", 2)])
+@pytest.mark.parametrize("process", ["cosine", "flow"])
+def test_order_of_convergence(name, order, process):
+    counts = np.array([20, 40, 80])
+    slope = np.polyfit(np.log(counts), np.log(errors(name, process, counts)), 1)[0]
+    assert slope == pytest.approx(-order, abs=0.2)
+
+
+def test_heun_ends_with_eulers_step():
+    """Into sigma = 0, and out of alpha = 0 in EDM's variable, Heun is Euler: the step returns the estimate."""
+    process = PROCESSES["flow"]
+
+    def denoise(x, t, cond):
+        return 0.3 * x + t[:, None]
+
+    x, grid = jnp.array([[1.0], [-2.0]]), jnp.array([0.5, 0.0])
+    for sampler in (samplers.heun(process, denoise), samplers.heun(process, denoise, flow=True)):
+        last = sample(sampler, key(), x, grid)
+        np.testing.assert_allclose(last, denoise(x, jnp.full(2, 0.5), None), rtol=1e-6)
+    out = jnp.array([1.0, 0.5])
+    euler = sample(samplers.euler(process, denoise), key(), x, out)
+    np.testing.assert_array_equal(sample(samplers.heun(process, denoise), key(), x, out), euler)
+    assert not np.allclose(sample(samplers.heun(process, denoise, flow=True), key(), x, out), euler)
+
+
+def test_heun_on_the_flow_by_hand():
+    """x' = v(x, t) with v = (x - x_0) / t; one step from 1 to 1/2 is the trapezoidal rule."""
+    process = PROCESSES["flow"]
+
+    def denoise(x, t, cond):
+        return 0.5 * x + t[:, None]
+
+    def velocity(x, t):
+        return (x - (0.5 * x + t)) / t
+
+    x = np.array([[1.0], [-2.0]])
+    euler = x - 0.5 * velocity(x, 1.0)
+    expected = x - 0.25 * (velocity(x, 1.0) + velocity(euler, 0.5))
+    sampler = samplers.heun(process, denoise, flow=True)
+    np.testing.assert_allclose(
+        sample(sampler, key(), jnp.asarray(x, jnp.float32), jnp.array([1.0, 0.5])), expected, rtol=1e-5
+    )
+
+
+def test_learned_variance_of_one_kind_equals_the_fixed():
+    process = PROCESSES["cosine"]
+    exact = mixtures.denoiser(blobs(), process)
+    x, grid = start(process, key(0), (8, 2)), times.linear_grid(4, 0.99)
+
+    @jax.jit
+    def both(v):
+        learned = samplers.ancestral(process, lambda x, t, c: (exact(x, t), jnp.full_like(x, v)), learned=True)
+        return [sample(s, key(1), x, grid) for s in (learned, samplers.ancestral(process, exact, v))]
+
+    for v in (0.0, 0.3, 1.0):
+        np.testing.assert_allclose(*both(v), rtol=1e-5, atol=1e-6)

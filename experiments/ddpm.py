@@ -28,18 +28,6 @@ from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
 
-def digits() -> ImageConfig:
-    """scikit-learn's digits: 0.7 M parameters, v-prediction, guidance 1.5, minutes on two CPU cores."""
-    return ImageConfig(
-        data=DataConfig(name="digits"),
-        unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), groups=8),
-        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine"),
-        train=TrainConfig(steps=1000, ema_decay=0.995, sample_every=250, checkpoint_every=250),
-        sample=SampleConfig(guidance=1.5),
-        eval=EvalConfig(samples=359, bound_images=128, bound_steps=500),
-    )
-
-
 def mnist() -> ImageConfig:
     """MNIST at 28x28: an hour of a laptop's CPU, minutes of a GPU."""
     return ImageConfig(
@@ -114,7 +102,7 @@ def imagenet64() -> ImageConfig:
 
 
 PRESETS = {
-    "digits": digits,
+    "digits": images.digits_config,
     "mnist": mnist,
     "cifar10": cifar10,
     "cifar10_cond": cifar10_cond,

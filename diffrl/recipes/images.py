@@ -92,6 +92,18 @@ class ImageConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
 
+def digits_config() -> ImageConfig:
+    """scikit-learn's digits: 0.7 M parameters, v-prediction, guidance 1.5, minutes on two CPU cores."""
+    return ImageConfig(
+        data=DataConfig(name="digits"),
+        unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), groups=8),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine"),
+        train=TrainConfig(steps=1000, ema_decay=0.995, sample_every=250, checkpoint_every=250),
+        sample=SampleConfig(guidance=1.5),
+        eval=EvalConfig(samples=359, bound_images=128, bound_steps=500),
+    )
+
+
 class Model(NamedTuple):
     """What a config comes to for one data set.
 

@@ -8,7 +8,7 @@ import pytest
 from diffusion_cases import CURVES, NAMES, PROCESSES, key, relative, switched
 from test_prediction import HEADS
 
-from diffrl.diffusion import losses, prediction, times
+from diffrl.diffusion import likelihood, losses, prediction, times
 from diffrl.diffusion import process as P
 from diffrl.diffusion.sampling import fold, sample_keys
 
@@ -198,9 +198,22 @@ def test_hybrids_variance_does_not_move_the_mean():
 
 
 def test_hybrids_metrics():
+    """ "vlb" estimates the bound's terms, all N of them, from one; the prior's is not in it."""
     params = {"mean": PARAMS["w"], "var": 0.3 * PARAMS["w"].T}
-    objective = losses.hybrid(TABLE, HEAD, GRID, scale=0.25)
-    value, metrics = jax.jit(lambda x0: objective(lambda *a: halves(params, *a), x0, None, KEYS))(QUANTISED)
+    objective, num = losses.hybrid(TABLE, HEAD, GRID, scale=0.25), 4096
+
+    @jax.jit
+    def run(x0, keys):
+        def model(*a):
+            return halves(params, *a)
+
+        exact = likelihood.variational_bound(TABLE, prediction.with_variance(HEAD, model), GRID, keys, x0, learned=True)
+        return *objective(model, x0, None, keys), exact["terms"].sum(axis=0)
+
+    value, metrics, expected = run(jnp.tile(QUANTISED, (num // 16, 1)), sample_keys(key(6), num))
+    error = np.asarray(metrics["vlb"]).std() / np.sqrt(num)
+    assert float(metrics["vlb"].mean()) == pytest.approx(float(expected.mean()), abs=4 * error)
+    assert error < 0.05 * float(expected.mean())
     assert set(metrics) == {"simple", "vlb"}
     np.testing.assert_allclose(value, metrics["simple"] + 0.25 * metrics["vlb"], rtol=1e-6)
 

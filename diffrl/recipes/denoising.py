@@ -163,6 +163,9 @@ def make_denoiser(diffusion: Diffusion, apply: Callable, params: Any) -> Callabl
 
 def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None) -> Sampler:
     """The configured sampler, with guidance and clipping around the denoiser."""
+    for name, value in (("eta", config.eta), ("variance", config.variance)):
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"sample.{name}={value}: choose a value from 0 to 1")
     if num_classes is not None and config.guidance != 1.0:
         denoise = guidance.classifier_free(denoise, config.guidance, num_classes)
     if config.clip:

@@ -225,11 +225,9 @@ def restored_state(session: Session) -> TrainState:
     return restored[0]
 
 
-def train(session: Session) -> TrainState:
-    """Trains to the end, from the newest checkpoint if there is one."""
+def prepare(session: Session, current: TrainState) -> tuple[Callable, TrainState, Prefetch]:
+    """The compiled step, the state to go on from, and the batches from there."""
     config, devices, settings = session.config, session.devices, session.config.train
-    current = initial_state(session)
-    print(describe(session, current), file=sys.stderr)
     data = Prefetch(
         loader(
             session.source,
@@ -247,10 +245,20 @@ def train(session: Session) -> TrainState:
     program = make_step(config, session.model)
     if settings.inner > 1:
         program = step.repeat(program, settings.inner)
+    compiled = mesh.compile_step(program, devices, current, inner=settings.inner > 1)
+    return compiled, loop.resume(session.checkpoints, current, data, session.writers), data
+
+
+def train(session: Session) -> TrainState:
+    """Trains to the end, from the newest checkpoint if there is one."""
+    settings = session.config.train
+    fresh = initial_state(session)
+    print(describe(session, fresh), file=sys.stderr)
+    program, current, data = prepare(session, fresh)
     try:
         return loop.fit(
-            mesh.compile_step(program, devices, current, inner=settings.inner > 1),
-            loop.resume(session.checkpoints, current, data, session.writers),
+            program,
+            current,
             data,
             steps=settings.steps,
             inner=settings.inner,
@@ -260,7 +268,7 @@ def train(session: Session) -> TrainState:
             writers=session.writers,
             log_every=settings.log_every,
             batch_size=settings.batch_size,
-            desc=config.data.name,
+            desc=session.config.data.name,
         )
     finally:
         data.close()

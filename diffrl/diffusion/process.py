@@ -83,12 +83,25 @@ def _variance_preserving(log_alpha: Callable[[Array], Array]) -> Process:
     )
 
 
+def _linear_log_alpha(beta_min: float, beta_max: float) -> Callable[[Array], Array]:
+    return lambda t: -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min
+
+
 def vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
     """The continuous linear variance-preserving process: beta(t) = beta_min + t (beta_max - beta_min).
 
     Song et al., "Score-Based Generative Modeling through SDEs" (2021), eq. 33.
     """
-    return _variance_preserving(lambda t: -0.25 * t**2 * (beta_max - beta_min) - 0.5 * t * beta_min)
+    return _variance_preserving(_linear_log_alpha(beta_min, beta_max))
+
+
+def sub_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Process:
+    """The sub-variance-preserving process: alpha of `vp`, and sigma = 1 - alpha^2, below that of `vp` everywhere.
+
+    Song et al. (2021), eq. 29.
+    """
+    log_alpha = _linear_log_alpha(beta_min, beta_max)
+    return Process(alpha=lambda t: jnp.exp(log_alpha(t)), sigma=lambda t: -jnp.expm1(2.0 * log_alpha(t)))
 
 
 def cosine() -> Process:

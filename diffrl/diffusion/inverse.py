@@ -10,8 +10,8 @@ and the methods differ in what they put for C.  With r^2 a guess of x_0's varian
     PiGDM   (sigma^2 / alpha) dm / dx_t, Tweedie's, for the first, r^2 I inside     (Song et al., 2023)
     DPS     no C: a step of gradient descent on |y - A m(x_t)|                      (Chung et al., 2023)
 
-PiGDM is exact where the true covariance is r^2 I.  By dm / dx_t an observed pixel tells its neighbours what the denoiser
-knows of their correlation, for the price of a gradient; DDNM leaves that to the following steps.
+PiGDM is exact where the true covariance is r^2 I.  Through dm / dx_t an observed pixel tells its neighbours what the
+denoiser knows of their correlation, for the price of a gradient; DDNM leaves that to the following steps.
 """
 
 import jax

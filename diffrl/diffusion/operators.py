@@ -18,7 +18,7 @@ Images and measurements are real [B, ...]; complex numbers are two channels, so 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from diffrl.diffusion.process import expand
 from diffrl.errors import UserError
 
 Array = jax.Array
+Padding = Literal["wrap", "reflect", "symmetric", "edge"]
+
 # Eigenvalues of A A^T below this share of the largest are taken for 0: float32 cannot tell them from it.
 CUTOFF = 1e-6
 
@@ -128,7 +130,7 @@ def separable(rows: np.ndarray, columns: np.ndarray, channels: int) -> Operator:
     return Operator(lambda x: along(rows, columns, x), shape, solve)
 
 
-def blur(shape: tuple[int, int, int], std: float, padding: str = "wrap") -> Operator:
+def blur(shape: tuple[int, int, int], std: float, padding: Padding = "wrap") -> Operator:
     """A Gaussian of `std` pixels, cut at 4 `std`, on images of `shape` [H, W, C].
 
     padding: how `numpy.pad` continues the image: "wrap" (a circular convolution), "reflect", "symmetric" or "edge".
@@ -142,7 +144,7 @@ def blur(shape: tuple[int, int, int], std: float, padding: str = "wrap") -> Oper
     return separable(rows, columns, shape[2])
 
 
-def downsample(shape: tuple[int, int, int], factor: int, method: str = "box") -> Operator:
+def downsample(shape: tuple[int, int, int], factor: int, method: Literal["box", "cubic"] = "box") -> Operator:
     """Images of `shape` [H, W, C] made `factor` times smaller.
 
     method: "box" averages blocks; "cubic" is antialiased bicubic interpolation (Keys, 1981, a = -1/2), as in Pillow.
@@ -161,7 +163,7 @@ def _keys(u: np.ndarray) -> np.ndarray:
     return np.where(u <= 1.0, near, np.where(u < 2.0, far, 0.0))
 
 
-def _filter(size: int, factor: int, kernel: Callable, reach: int = 0, padding: str = "edge") -> np.ndarray:
+def _filter(size: int, factor: int, kernel: Callable, reach: int = 0, padding: Padding = "edge") -> np.ndarray:
     """The matrix [size / factor, size], float64, of a filter `kernel` of the distance in units of the output's pixels.
 
     The image is continued by `reach` pixels; a kernel that reaches further is renormalised at the edges.

@@ -84,25 +84,45 @@ def points(
     _save(path, figure, axes, legend=len(series) > 1)
 
 
-def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+def panels(
+    rows: int, columns: int, width: float = 3.2, height: float = 2.6, **options: Any
+) -> tuple[Figure, np.ndarray]:
+    """An empty figure in this style and its axes [rows, columns], to draw into and then to `save`.
+
+    Args:
+        width, height: of one panel, in inches.
+        options: of matplotlib's `Figure.subplots`, such as sharex.
+    """
+    figure = Figure(figsize=(columns * width, rows * height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    grid = figure.subplots(rows, columns, squeeze=False, **options)
+    for axes in grid.flat:
+        axes.grid(color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
 
 
-def _save(path: str | pathlib.Path, figure: Figure, axes: Axes, legend: bool) -> None:
-    if legend:
-        axes.legend(frameon=False, fontsize=9, markerscale=2)
+def save(path: str | pathlib.Path, figure: Figure) -> None:
+    """Writes a figure, and makes its folder; raises UserError if it cannot."""
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
     except OSError as error:
         raise UserError(f"plot {path}: cannot be written ({error}); choose a writable folder") from error
+
+
+def _figure(xlabel: str, ylabel: str, title: str) -> tuple[Figure, Axes]:
+    figure, grid = panels(1, 1, 6.4, 4.0)
+    axes = grid[0, 0]
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontsize=11)
+    return figure, axes
+
+
+def _save(path: str | pathlib.Path, figure: Figure, axes: Axes, legend: bool) -> None:
+    if legend:
+        axes.legend(frameon=False, fontsize=9, markerscale=2)
+    save(path, figure)

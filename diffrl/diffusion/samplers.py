@@ -7,7 +7,8 @@ With x_0 the denoiser's estimate at x_t and eps = (x_t - alpha_t x_0) / sigma_t:
     Euler       x_s / alpha_s = x_t / alpha_t + (u_s - u_t) eps,           u = sigma / alpha
     Heun        the same with the mean of eps at both ends
 
-where beta = sigma_{t|s}^2 is the forward step's variance and beta~ the posterior's.
+where beta = sigma_{t|s}^2 is the forward step's variance and beta~ the posterior's.  `churn` first goes back to a
+noisier time, t^ > t, and makes any of them stochastic.  Multistep methods: `dpm_solver` and `unipc`.
 """
 
 import jax
@@ -21,9 +22,13 @@ from diffrl.diffusion.process import (
     transition_share,
     transition_variance,
 )
-from diffrl.diffusion.sampling import Info, Sampler, State, normal
+from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal
+from diffrl.diffusion.times import from_log_snr
 
 Array = jax.Array
+
+# What a step's key is folded with, so that churn draws apart from the sampler that it wraps.
+CHURN = 301
 
 
 def _at(t: Array, x: Array) -> Array:
@@ -82,7 +87,7 @@ def euler(process: Process, denoise: Denoiser) -> Sampler:
 
 
 def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
-    """Heun's method for the probability-flow ODE (Karras et al., 2022, algorithm 1 without churn): second order.
+    """Heun's method for the probability-flow ODE (Karras et al., 2022, algorithm 1): second order.
 
     flow=False integrates in u = sigma / alpha, as EDM does; flow=True in u = sigma / (alpha + sigma), which is
     rectified flow's t and finite at alpha = 0.  Two network calls a step; one on the step into sigma = 0 (and, in EDM's
@@ -112,3 +117,31 @@ def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
         return State(new), Info(x0, new, jnp.zeros((), x.dtype))
 
     return Sampler(State, step)
+
+
+def churn(
+    sampler: Sampler, process: Process, gamma: float, s_min: float = 0.0, s_max: float = jnp.inf, s_noise: float = 1.0
+) -> Sampler:
+    """EDM's stochastic sampler around a one-step method, `heun` in the paper (Karras et al., 2022, algorithm 2).
+
+    Before each step from a noise level u = sigma / alpha in [s_min, s_max], noise raises it to (1 + gamma) u, or to the
+    process's highest; the step then starts there.
+
+    gamma: at least 0; the paper's is min(S_churn / N, sqrt(2) - 1) for N steps.
+    s_noise: factor on the noise's standard deviation, in the paper up to 1.007.
+    `info` is that of the step that follows: from x_t itself, x_s is no Gaussian.
+    """
+
+    def step(keys, state, t, s, cond):
+        x = state.x
+        level = process.sigma(t) / process.alpha(t)
+        # Out of alpha = 0, where the level is infinite, there is nothing above.
+        rises = (level >= s_min) & (level <= s_max) & jnp.isfinite(level)
+        t_hat = jnp.where(rises, from_log_snr(process, -2.0 * jnp.log((1.0 + gamma) * level)), t)
+        t_hat = jnp.maximum(t_hat, t)
+        std = s_noise * jnp.sqrt(jnp.where(rises, transition_variance(process, t_hat, t), 0.0))
+        scale = jnp.where(rises, process.alpha(t_hat) / process.alpha(t), 1.0)
+        raised = scale * x + std * normal(fold(keys, CHURN), x)
+        return sampler.step(keys, state._replace(x=raised), t_hat, s, cond)
+
+    return Sampler(sampler.init, step)

@@ -57,6 +57,11 @@ def table_grid(steps: int, num: int) -> Array:
     return jnp.asarray(np.round(np.linspace(steps, 0, num + 1)) / steps, jnp.result_type(float))
 
 
+def quadratic_grid(num: int, start: float = 1.0, end: float = 0.0) -> Array:
+    """`num` steps from `start` down to `end`, even in sqrt(t): [num + 1] (DDIM's "quadratic"; Song et al., 2021)."""
+    return jnp.linspace(start**0.5, end**0.5, num + 1) ** 2
+
+
 def karras_grid(
     process: Process, num: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0
 ) -> Array:
@@ -64,11 +69,28 @@ def karras_grid(
 
     Karras et al. (2022), eq. 5, turned into times of `process`, and starting no higher than sigma(1) / alpha(1).
     """
-    # Levels beyond the process would all become t = 1, and a step from 1 to 1 has no variance to take the log of.
-    top = jnp.minimum(sigma_max, jnp.exp(-0.5 * log_snr(process, jnp.ones(())))) ** (1 / rho)
+    top = _highest(process, sigma_max) ** (1 / rho)
     levels = (top + jnp.linspace(0.0, 1.0, num) * (sigma_min ** (1 / rho) - top)) ** rho
-    times = from_log_snr(process, -2.0 * jnp.log(levels))
-    return jnp.append(times, 0.0)
+    return _grid_of_levels(process, levels)
+
+
+def log_snr_grid(process: Process, num: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Array:
+    """Even in log SNR: sigma / alpha falls geometrically to `sigma_min`, and then t = 0: [num + 1].
+
+    DPM-Solver's grid (Lu et al., 2022): `karras_grid` for infinite rho, with the same bounds.
+    """
+    top = _highest(process, sigma_max)
+    return _grid_of_levels(process, top * (sigma_min / top) ** jnp.linspace(0.0, 1.0, num))
+
+
+def _highest(process: Process, sigma_max: float) -> Array:
+    # Levels beyond the process would all become t = 1, and a step from 1 to 1 has no variance to take the log of.
+    return jnp.minimum(sigma_max, jnp.exp(-0.5 * log_snr(process, jnp.ones(()))))
+
+
+def _grid_of_levels(process: Process, levels: Array) -> Array:
+    """The times at which sigma / alpha is `levels` [num], and then 0."""
+    return jnp.append(from_log_snr(process, -2.0 * jnp.log(levels)), 0.0)
 
 
 def from_log_snr(process: Process, lam: Array) -> Array:

@@ -1,4 +1,6 @@
-"""Guidance and thresholding: exact ends, exact denoisers, hand numbers, one network call."""
+"""Guidance and thresholding: exact ends, exact denoisers, hand numbers, diffusers' guiders, one network call."""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,8 @@ import numpy as np
 import pytest
 from diffusion_cases import PROCESSES, key
 
-from diffrl.diffusion import guidance, mixtures, prediction
-from diffrl.diffusion.sampling import sample_keys
+from diffrl.diffusion import guidance, mixtures, prediction, samplers
+from diffrl.diffusion.sampling import sample, sample_keys
 
 PROCESS = PROCESSES["cosine"]
 CLASSES = [mixtures.mixture([1.0], [mean], [0.09]) for mean in ([-1.0, 0.0], [1.0, 0.5])]
@@ -92,6 +94,194 @@ def test_the_network_runs_once_on_a_doubled_batch():
 
     jax.block_until_ready(guidance.classifier_free(denoise, 2.0, NULL)(X, T, LABEL))
     assert shapes == [((1, 6, 2), (2, 6))]
+
+
+# --- Interval --------------------------------------------------------------------------------------------------------
+
+INTERVAL = guidance.interval(PROCESS, 3.0, -1.0, 1.0)
+
+
+def test_interval_by_hand():
+    """The cosine process has log SNR = -2 log tan(pi t / 2): 0 at t = 1/2, and -1 and 1 at the ends below."""
+    low, high = (2 / np.pi * np.arctan(np.exp(edge)) for edge in (-0.5, 0.5))
+    t = jnp.array([0.0, low - 1e-3, low + 1e-3, 0.5, high - 1e-3, high + 1e-3, 1.0], jnp.float32)
+    np.testing.assert_array_equal(INTERVAL(t), [1, 1, 3, 3, 3, 1, 1])
+    np.testing.assert_array_equal(guidance.interval(PROCESS, 3.0, -1.0, 1.0, 0.0)(t[:3]), [0, 0, 3])
+    each = guidance.interval(PROCESS, jnp.array([2.0, 3.0, 4.0]), -1.0, 1.0)
+    np.testing.assert_array_equal(each(jnp.array([0.5, 0.1, 0.5])), [2, 1, 4])
+
+
+def test_outside_the_interval_is_the_conditional_model_bitwise():
+    guided = guidance.classifier_free(class_conditional, INTERVAL, NULL)
+    for t in (0.1, 0.95):
+        at = jnp.full(6, t)
+        np.testing.assert_array_equal(guided(X, at, LABEL), class_conditional(X, at, LABEL))
+
+
+def test_a_batch_may_straddle_the_interval():
+    t = jnp.array([0.1, 0.45, 0.5, 0.55, 0.95, 0.99])
+    mixed = jax.jit(guidance.classifier_free(class_conditional, INTERVAL, NULL))(X, t, LABEL)
+    s = np.array([1.0, 3.0, 3.0, 3.0, 1.0, 1.0], np.float32)
+    expected = jax.jit(guidance.classifier_free(class_conditional, s, NULL))(X, t, LABEL)
+    np.testing.assert_allclose(mixed, expected, atol=1e-6)
+
+
+def test_outside_the_interval_the_batch_is_not_doubled():
+    shapes = []
+
+    def host(x, cond):
+        shapes.append(cond.shape)
+        return np.zeros((*cond.shape, 2), np.float32)
+
+    def denoise(x, t, cond):
+        return jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x, cond, vmap_method="expand_dims")
+
+    sampler = samplers.ddim(PROCESS, guidance.classifier_free(denoise, INTERVAL, NULL))
+    grid = jnp.array([0.95, 0.8, 0.5, 0.1, 0.0])
+    jax.block_until_ready(jax.jit(lambda x: sample(sampler, key(), x, grid, LABEL))(X))
+    assert shapes == [(6,), (6,), (2, 6), (6,)]
+
+
+# --- Autoguidance ----------------------------------------------------------------------------------------------------
+
+
+def test_autoguidance_asks_each_of_two_networks_once():
+    calls = []
+
+    def network(name, factor):
+        def denoise(x, t, cond):
+            calls.append((name, x.shape))
+            return jnp.tanh(factor * x) * cond[:, None]
+
+        return denoise
+
+    good, bad = network("good", 1.3), network("bad", 0.4)
+    expected = {1.0: good(X, T, LABEL), 0.0: bad(X, T, LABEL)}
+    for scale, estimate in expected.items():
+        calls.clear()
+        guided = guidance.autoguidance(good, bad, scale)(X, T, LABEL)
+        np.testing.assert_array_equal(guided, estimate)
+        assert sorted(calls) == [("bad", X.shape), ("good", X.shape)]
+
+
+def test_autoguidance_moves_away_from_a_blurred_density():
+    """Its score is that of p^s q^(1 - s), by autodiff of the two densities."""
+    blurred = mixtures.mixture([1, 1], [[-0.9, 0.1], [0.9, 0.4]], [0.25, 0.25])
+
+    def sharpened(x):
+        return sum(s * mixtures.log_density(m, PROCESS, x, T).sum() for s, m in ((2.0, MARGINAL), (-1.0, blurred)))
+
+    @jax.jit
+    def guided_score(x):
+        good, bad = (mixtures.denoiser(m, PROCESS) for m in (MARGINAL, blurred))
+        return prediction.to_score(PROCESS, x, T, guidance.autoguidance(good, bad, 2.0)(x, T, None))
+
+    np.testing.assert_allclose(guided_score(X), jax.jit(jax.grad(sharpened))(X), rtol=1e-3, atol=1e-3)
+
+
+# --- Rescale and APG -------------------------------------------------------------------------------------------------
+
+
+def random_pair(shape=(5, 4, 4, 3)):
+    rng = np.random.default_rng(3)
+    return (rng.normal(size=shape).astype(np.float32) for _ in range(2))
+
+
+def test_rescale_by_hand():
+    """(1 - 3) 0 + 3 (-1, 1) has thrice the std of (-1, 1); half of that is taken back."""
+    u, c = jnp.zeros((1, 2)), jnp.array([[-1.0, 1.0]])
+    np.testing.assert_allclose(guidance.rescale(1.0)(u, c, 3.0), [[-1, 1]], rtol=1e-6)
+    np.testing.assert_allclose(guidance.rescale(0.5)(u, c, 3.0), [[-2, 2]], rtol=1e-6)
+    np.testing.assert_array_equal(guidance.rescale(0.0)(u, c, 3.0), [[-3, 3]])
+
+
+def test_rescale_keeps_each_samples_std():
+    u, c = random_pair()
+    guided = guidance.rescale(1.0)(u, c, 7.0)
+    np.testing.assert_allclose(guided.std((1, 2, 3)), c.std((1, 2, 3)), rtol=1e-5)
+
+
+def test_project_by_hand():
+    """c = (2, 0) and c - u = (3, 4), of length 5: parallel (3, 0), orthogonal (0, 4).  A radius of 2.5 halves both."""
+    c, u, s = jnp.array([[2.0, 0.0]]), jnp.array([[-1.0, -4.0]]), 2.0
+    cases = {
+        (1.0, np.inf): [5, 4],
+        (0.0, np.inf): [2, 4],
+        (0.5, np.inf): [3.5, 4],
+        (0.0, 2.5): [2, 2],
+        (1.0, 9.0): [5, 4],
+    }
+    for (eta, radius), expected in cases.items():
+        np.testing.assert_allclose(guidance.project(eta, radius)(u, c, s), [expected], rtol=1e-6)
+    np.testing.assert_array_equal(guidance.project(0.0, 1.0)(c, c, s), c)  # no direction
+    np.testing.assert_array_equal(guidance.project(0.0)(u, 0 * c, s), [[1, 4]])  # nothing to be parallel to
+
+
+def test_project_with_nothing_projected_is_classifier_free_guidance():
+    options = {"linear": guidance.linear, "project": guidance.project(1.0, np.inf), "rescale": guidance.rescale(0.0)}
+    wrapped = [guidance.classifier_free(class_conditional, 3.0, NULL, combine) for combine in options.values()]
+    plain, *others = (jax.jit(guided)(X, T, LABEL) for guided in wrapped)
+    for other in others:
+        np.testing.assert_allclose(other, plain, atol=2e-6)
+
+
+@pytest.mark.oracle
+def test_rescale_and_project_against_diffusers():
+    torch = pytest.importorskip("torch", reason="torch of the [oracles] extra is not installed")
+    pytest.importorskip("diffusers", reason="diffusers of the [oracles] extra is not installed")
+    from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+    from diffusers.guiders.guider_utils import rescale_noise_cfg
+
+    u, c = random_pair()
+    theirs = rescale_noise_cfg(torch.tensor(u + 4.0 * (c - u)), torch.tensor(c), 0.7)
+    np.testing.assert_allclose(guidance.rescale(0.7)(u, c, 4.0), theirs, rtol=1e-4, atol=1e-5)
+    for eta, radius in ((0.0, 2.5), (0.3, 100.0)):
+        options = {"eta": eta, "norm_threshold": radius, "use_original_formulation": True}
+        theirs = normalized_guidance(torch.tensor(c), torch.tensor(u), 3.0, **options)
+        np.testing.assert_allclose(guidance.project(eta, radius)(u, c, 4.0), theirs, rtol=1e-4, atol=1e-5)
+
+
+# --- Momentum --------------------------------------------------------------------------------------------------------
+
+GRID = jnp.array([0.95, 0.7, 0.4, 0.2, 0.0])
+
+
+def ddim(denoise):
+    return samplers.ddim(PROCESS, denoise)
+
+
+def test_no_momentum_is_plain_guidance():
+    pair, project = guidance.against_null(class_conditional, NULL), guidance.project(0.2, 1.0)
+    plain = ddim(guidance.classifier_free(class_conditional, 3.0, NULL, project))
+    sampler = guidance.momentum(ddim, pair, 3.0, project, beta=0.0)
+    expected, actual = (jax.jit(lambda x, s=s: sample(s, key(), x, GRID, LABEL))(X) for s in (plain, sampler))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.oracle
+def test_momentum_against_diffusers_buffer():
+    """DDIM by hand, in numpy, around diffusers' guidance."""
+    torch = pytest.importorskip("torch", reason="torch of the [oracles] extra is not installed")
+    pytest.importorskip("diffusers", reason="diffusers of the [oracles] extra is not installed")
+    from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
+
+    def pair(x, t, cond):
+        return 0.5 * jnp.tanh(x), jnp.tanh(x + 0.3) + 0.1 * cond[:, None]
+
+    x, grid, label = np.asarray(X, np.float64), np.asarray(GRID, np.float64), np.asarray(LABEL)[:, None]
+    buffer = MomentumBuffer(-0.6)
+    options = {"eta": 0.2, "norm_threshold": 0.8, "use_original_formulation": True}
+    for t, s in itertools.pairwise(grid):
+        u, c = torch.tensor(0.5 * np.tanh(x)), torch.tensor(np.tanh(x + 0.3) + 0.1 * label)
+        x0 = normalized_guidance(c, u, 2.0, buffer, **options).numpy()
+        eps = (x - np.cos(0.5 * np.pi * t) * x0) / np.sin(0.5 * np.pi * t)
+        x = np.cos(0.5 * np.pi * s) * x0 + np.sin(0.5 * np.pi * s) * eps
+    sampler = guidance.momentum(ddim, pair, 3.0, guidance.project(0.2, 0.8), beta=-0.6)
+    actual = jax.jit(lambda x: sample(sampler, key(), x, GRID, LABEL))(X)
+    np.testing.assert_allclose(actual, x, atol=1e-5)
+
+
+# --- Learned variance, thresholding, dropped conditions --------------------------------------------------------------
 
 
 def test_learned_variance_is_the_conditional_one():

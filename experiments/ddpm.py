@@ -55,34 +55,35 @@ def cifar10() -> ImageConfig:
 
 
 def cifar10_cond() -> ImageConfig:
-    """CIFAR-10 by class: improved DDPM's cosine table and learned variance, with classifier-free guidance."""
+    """CIFAR-10 by class with improved DDPM's recipe (cosine table, learned variance) and classifier-free guidance."""
     config = cifar10()
     config.conditional = True
-    config.unet = UNetConfig(dropout=0.1, scale_shift=True, heads=4, attention=(16, 8))
+    config.unet = UNetConfig(blocks=3, attention=(16, 8), heads=4, scale_shift=True, dropout=0.3)
     config.diffusion = DiffusionConfig(
         process="improved", prediction="eps", learned_variance=True, table_steps=4000, times="discrete"
     )
+    config.optim = OptimConfig(learning_rate=1e-4)
     config.train = dataclasses.replace(config.train, steps=500_000)
     config.sample = SampleConfig(sampler="ancestral", steps=250, grid="table", guidance=1.5)
     return config
 
 
 def fast() -> ImageConfig:
-    """CIFAR-10 by class in about 20 minutes of one modern GPU: EDM preconditioning, bfloat16, Heun in 18 steps."""
+    """CIFAR-10 by class in 20 minutes of one modern GPU: EDM's preconditioning, draw of noise and sampler, bfloat16.
+
+    8.2 M images at 36 GFLOP each are 0.3 EFLOP: 18 minutes at 280 TFLOP/s.
+    """
     return ImageConfig(
         data=DataConfig(name="cifar10", flip=True),
-        unet=UNetConfig(
-            channels=128, multipliers=(2, 2, 2), blocks=3, attention=(16,), head_dim=64, scale_shift=True,
-            resample_blocks=True, dropout=0.1, dtype="bfloat16",
-        ),
+        unet=UNetConfig(head_dim=64, scale_shift=True, dropout=0.1, dtype="bfloat16"),
         diffusion=DiffusionConfig(process="ve", prediction="edm", times="log_normal", weight="edm"),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=1000, schedule="cosine"),
         train=TrainConfig(
-            steps=20_000, batch_size=512, inner=10, ema_decay=0.9995, sample_every=5000, checkpoint_every=5000
+            steps=16_000, batch_size=512, inner=10, ema_decay=0.9995, sample_every=4000, checkpoint_every=4000
         ),
         sample=SampleConfig(sampler="heun", steps=18, grid="karras", clip=False, batch=1000),
         eval=EvalConfig(judge="resnet"),
-    )  # fmt: skip
+    )
 
 
 def imagenet64() -> ImageConfig:

@@ -1,6 +1,6 @@
 """What each part of the U-Net is worth: attention, residual blocks, scale-shift, depth, at equal compute.
 
-    python -m experiments.unet_ablation                       # digits, about eight minutes of two CPU cores
+    python -m experiments.unet_ablation                       # digits, about seven minutes of two CPU cores
     python -m experiments.unet_ablation --preset=cifar10 --config.base.data.dir=DIR
 
 Every variant changes one thing in the same base network and trains for the same number of floating-point operations
@@ -33,7 +33,7 @@ class Config:
     """The base model, and how much compute each variant of it gets."""
 
     base: ImageConfig = dataclasses.field(default_factory=ImageConfig)
-    base_steps: int = config_lib.leaf(400, "steps of the base network; the others get as many FLOPs")
+    base_steps: int = config_lib.leaf(250, "steps of the base network; the others get as many FLOPs")
     seeds: int = config_lib.leaf(2, "runs per variant")
     variants: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
 
@@ -43,7 +43,7 @@ def digits() -> Config:
     base = ImageConfig(
         unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), groups=8),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine"),
-        train=TrainConfig(ema_decay=0.99, sample_every=0, checkpoint_every=200),
+        train=TrainConfig(batch_size=64, ema_decay=0.99, sample_every=0, checkpoint_every=200),
     )
     return Config(base)
 

@@ -60,9 +60,13 @@ def normal(keys: Array, x: Array) -> Array:
 
 
 def start(process: Process, key: Array, shape: tuple[int, ...], t: ArrayLike = 1.0, dtype=jnp.float32) -> Array:
-    """x_t ~ N(0, sigma(t)^2) of `shape` [B, ...]: where a sampler starts."""
-    like = jnp.zeros(shape, dtype)
-    return process.sigma(jnp.asarray(t)).astype(dtype) * normal(fold(sample_keys(key, shape[0]), START), like)
+    """x_t ~ N(0, alpha(t)^2 + sigma(t)^2) of `shape` [B, ...]: where a sampler starts.
+
+    That is what data of unit variance become, and the prior of the bound; under a variance-preserving process N(0, I).
+    """
+    like, t = jnp.zeros(shape, dtype), jnp.asarray(t)
+    std = jnp.hypot(process.alpha(t), process.sigma(t)).astype(dtype)
+    return std * normal(fold(sample_keys(key, shape[0]), START), like)
 
 
 def sample(

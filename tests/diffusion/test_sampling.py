@@ -93,11 +93,11 @@ def test_noise_is_fresh():
     assert not np.array_equal(normal(fold(sample_keys(key(0), 2), 1), big[:2]), big[:2])
 
 
-@pytest.mark.parametrize(("name", "t"), [("ve", 1.0), ("cosine", 0.5)])
-def test_start_has_the_processs_noise(name, t):
+@pytest.mark.parametrize(("name", "t", "std"), [("ve", 1.0, 50.0), ("cosine", 0.5, 1.0), ("flow", 0.5, 0.5**0.5)])
+def test_start_is_unit_data_with_the_processs_noise(name, t, std):
     x = start(PROCESSES[name], key(0), (5000, 4), t)
     assert x.dtype == jnp.float32
-    assert float(x.std()) == pytest.approx(float(PROCESSES[name].sigma(jnp.float32(t))), rel=0.03)
+    assert float(x.std()) == pytest.approx(std, rel=0.03)
 
 
 def test_traces_end_with_the_result():

@@ -74,6 +74,9 @@ class EvalConfig:
     samples: int = leaf(10_000, "generated and held-out images compared; at most the held-out split", free=True)
     bound_images: int = leaf(64, "held-out images whose bits/dim --mode=eval measures; 0 = none", free=True)
     bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True)
+    nll_images: int = leaf(0, "held-out images whose exact bits/dim --mode=eval measures, by the ODE", free=True)
+    nll_steps: int = leaf(50, "steps of that ODE, four network calls with derivatives each", free=True)
+    dequantisation: str = leaf("truncated_normal", "for the exact bits/dim: truncated_normal or uniform", free=True)
 
 
 @dataclasses.dataclass

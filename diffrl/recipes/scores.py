@@ -1,4 +1,4 @@
-"""How good are the samples: a judge's verdicts, the Fréchet distance on its features, and bits per dimension."""
+"""How good are the samples: a judge's verdicts and the Fréchet distance on its features; the held-out loss."""
 
 import pathlib
 import sys
@@ -7,12 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffrl.data.catalog import make_source
 from diffrl.data.pipeline import to_unit
 from diffrl.data.source import Source
-from diffrl.diffusion import likelihood
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, judges
 from diffrl.pretrained import cifar_resnet
@@ -27,7 +25,7 @@ def _images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return to_unit(batch["x"]), batch.get("label")
 
 
-def _first(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+def spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
     """`num` examples spread evenly over the set, so that a sorted set gives all its classes."""
     return _images(source, np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
 
@@ -35,6 +33,7 @@ def _first(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
 def check(config: EvalConfig) -> None:
     """Raises UserError for a judge that will not be there when it is needed."""
     denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
+    denoising.choose("eval.dequantisation", config.dequantisation, dict.fromkeys(("truncated_normal", "uniform")))
     if config.judge_weights and not pathlib.Path(config.judge_weights).is_file():
         raise UserError(f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet")
 
@@ -50,7 +49,7 @@ def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
     if config.judge == "resnet" and not config.judge_weights:
         print("no judge: --config.eval.judge_weights names no published ResNet (.npz)", file=sys.stderr)
         return None
-    x_test, labels_test = _first(held_out, CHUNK)
+    x_test, labels_test = spread(held_out, CHUNK)
     name = session.config.data.name
 
     def mlp() -> judges.Judge:
@@ -73,7 +72,7 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
     if judge is None:
         return {}
     num = min(session.config.eval.samples, held_out.length)
-    real, real_labels = _first(held_out, num)
+    real, real_labels = spread(held_out, num)
     classes = session.model.num_classes
     labels = None if classes is None else np.resize(np.arange(classes, dtype=np.int32), num)
     key = jax.random.fold_in(jax.random.key(session.config.sample.seed), 1)
@@ -90,45 +89,6 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
             "recognised_real": judges.agreement(judge, real, real_labels),
         }
     return scores
-
-
-def bits_per_dim(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
-    """The variational bound of held-out images, given their labels, with its standard error."""
-    config, model = session.config, session.model
-    num = min(config.eval.bound_images, held_out.length)
-    if not num:
-        return {}
-    if session.source.fetch(np.arange(1))["x"].dtype != np.uint8:
-        raise UserError("bits/dim needs 8-bit images: set --config.eval.bound_images=0")
-    table = config.diffusion.process in ("ddpm", "improved")
-    steps: int = config.diffusion.table_steps if table else config.eval.bound_steps
-    last = 1.0 if float(model.diffusion.process.alpha(jnp.ones(()))) > 0 else 0.999
-    grid = jnp.linspace(0.0, last, steps + 1)
-
-    @jax.jit
-    def bound(params, key, x, label):
-        denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
-        learned, v = model.diffusion.learned, config.sample.variance
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
-        return likelihood.variational_bound(model.diffusion.process, denoise, grid, keys, x, label, v, learned)["total"]
-
-    x, label = _first(held_out, num)
-    if model.num_classes is None:
-        label = None
-    key = jax.random.fold_in(jax.random.key(config.sample.seed), 2)
-    size = min(num, config.sample.batch)
-    values = []
-    for i in tqdm(range(0, num, size), desc="bits/dim", unit="batch", leave=False):
-        rows = np.resize(np.arange(i, min(i + size, num)), size)
-        part = bound(params, jax.random.fold_in(key, i), x[rows], None if label is None else label[rows])
-        values.append(np.asarray(part)[: min(size, num - i)])
-    total = np.concatenate(values)
-    return {
-        "bits_per_dim": float(total.mean()),
-        "bits_per_dim_stderr": float(total.std(ddof=1) / np.sqrt(num)) if num > 1 else None,
-        "bound_images": num,
-        "bound_steps": steps,
-    }
 
 
 def held_out_loss(session: Session, params: Any, held_out: Source, draws: int = 8) -> float:
@@ -176,5 +136,13 @@ def report(scores: dict[str, Any]) -> str:
             f"bits/dim: {scores['bits_per_dim']:.3f}"
             + (f" +- {error:.3f}" if error is not None else "")
             + f" (variational bound, {scores['bound_steps']} terms, {scores['bound_images']} held-out images)"
+        )
+    if "exact_bits_per_dim" in scores:
+        error = scores["exact_bits_per_dim_stderr"]
+        lines.append(
+            f"bits/dim: {scores['exact_bits_per_dim']:.3f}"
+            + (f" +- {error:.3f}" if error is not None else "")
+            + f" (probability flow, {scores['nll_steps']} steps, {scores['dequantisation'].replace('_', ' ')} noise, "
+            + f"{scores['nll_images']} held-out images)"
         )
     return "\n".join(lines)

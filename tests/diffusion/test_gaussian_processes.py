@@ -45,7 +45,7 @@ def test_brownian_bridge():
 def test_ornstein_uhlenbeck(theta):
     """From a point; and far beyond its memory, where exp(theta t) overflows."""
     s, t = pairs()
-    paths = gp.ornstein_uhlenbeck(key(2), TIMES, NUM, theta, mu=0.5, sigma=1.3, start=2.0)
+    paths = jax.jit(lambda key, theta: gp.ornstein_uhlenbeck(key, TIMES, NUM, theta, 0.5, 1.3, 2.0))(key(2), theta)
     covariance = 1.3**2 / (2 * theta) * (np.exp(-theta * np.abs(s - t)) - np.exp(-theta * (s + t)))
     check_law(paths, 0.5 + 1.5 * np.exp(-theta * s[:, 0]), covariance)
 
@@ -58,6 +58,7 @@ def test_stationary_ornstein_uhlenbeck_is_matern():
 
 def test_paths_keep_their_ids():
     for make in (gp.brownian, gp.bridge, gp.ornstein_uhlenbeck):
+        make = jax.jit(make, static_argnums=2)
         np.testing.assert_allclose(make(key(4), TIMES, 3), make(key(4), TIMES, 7)[:3], atol=1e-6)
 
 

@@ -86,19 +86,19 @@ def probit_affine(conditioner: Callable[[Array], tuple[Array, Array]]) -> Callab
 
 
 def truncated_normal(process: Process, t: Array) -> Dequantiser:
-    """z = alpha(t) x0 + sigma(t) n, with n normal, cut off where z / alpha(t) would leave the bin of x0.
+    """z = x0 + (sigma / alpha) n at time t, a scalar > 0, with n normal and cut off where z would leave the bin.
 
-    For the density p_t of a diffusion, which saw such z in training; nothing is learned.  t is a scalar > 0.
+    For `ode_likelihood` from t on: a diffusion saw such z in training, and nothing needs to be learned.
     """
 
     def dequantise(x0, eps):
-        alpha, sigma = process.alpha(t), process.sigma(t)
-        beyond = ndtr(-HALF_BIN * alpha / sigma)
+        std = process.sigma(t) / process.alpha(t)
+        beyond = ndtr(-HALF_BIN / std)
         # |n| from the upper tail, where the distribution function keeps its digits.
         tail = beyond + 2.0 * ndtr(-jnp.abs(eps)) * (0.5 - beyond)
         n = -jnp.sign(eps) * ndtri(tail)
-        log_q = -0.5 * (n**2 + math.log(2.0 * math.pi)) - jnp.log(sigma) - jnp.log1p(-2.0 * beyond)
-        return alpha * x0 + sigma * n, _total(log_q)
+        log_q = -0.5 * (n**2 + math.log(2.0 * math.pi)) - jnp.log(std) - jnp.log1p(-2.0 * beyond)
+        return x0 + std * n, _total(log_q)
 
     return dequantise
 

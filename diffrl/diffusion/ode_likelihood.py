@@ -1,4 +1,4 @@
-r"""Exact likelihood: log p_t(x) by the probability-flow ODE.
+r"""Exact likelihood: log p(x) by the probability-flow ODE.
 
 Under a flow dy/dl = f(y) the log density of what it carries changes by -div f (Chen et al., 2018), and the probability
 flow carries p_t to the prior (Song et al., "Score-Based Generative Modeling through SDEs", 2021, eq. 39).  Here it is
@@ -7,8 +7,10 @@ a = alpha / sqrt(alpha^2 + sigma^2) and x_0 the denoiser's estimate
 
     dy / dl = a (a y - x_0),          log p(y at l_0) = log N(y at l_T; 0, I) + int_{l_0}^{l_T} div dl.
 
-No denominator vanishes at either end, y stays of order 1, the right-hand side dies out towards both ends (like sigma^2
-and like alpha), and all processes are one ODE: they differ only in the t that the network is told.
+The density is that of x = x_t / alpha = x_0 + (sigma / alpha) eps = y / a at the first time: of the data, but for noise
+that is as small as one likes.  No denominator vanishes at either end, y stays of order 1, the right-hand side dies out
+towards both ends (like sigma^2 and like alpha), and all processes are one ODE: they differ only in the t that the
+network is told.
 
 The divergence is the trace of d f / d y, exact with D directional derivatives, or e . (df/dy) e on average over random
 signs e, which are kept along the whole path (Hutchinson; Grathwohl et al., "FFJORD", 2019).
@@ -33,7 +35,7 @@ Divergence = Callable[[Callable[[Array], Array], Array, Array], tuple[Array, Arr
 
 
 class Likelihood(NamedTuple):
-    """log p_t(x) in nats [B], and y at the noisy end [B, ...], a draw from N(0, I) if x is one from the model."""
+    """log p(x) in nats [B], and y at the noisy end [B, ...], a draw from N(0, I) if x is one from the model."""
 
     log_density: Array
     latent: Array
@@ -57,11 +59,11 @@ def log_density(
     cond: Any = None,
     divergence: Divergence | None = None,
 ) -> Likelihood:
-    """log p_t(x) at t = grid[0], by the classical Runge-Kutta method: order 4, four network calls a step.
+    """log p(x) of x = x_t / alpha(t), t = grid[0], by the classical Runge-Kutta method: order 4, four calls a step.
 
     grid: rising times [N + 1] with sigma > 0 at the first and alpha > 0 at the last, as `log_snr_grid` makes them.
     key: one key, or [B]; the divergence's directions for sample i come from its key alone.
-    x: [B, ...], a value of x_t; clean data stand in for it where sigma(grid[0]) is far below what they resolve.
+    x: [B, ...], in the units of the data; clean data stand in for it where sigma(t) is far below what they resolve.
     divergence: `exact`, or one from `hutchinson` (the default), whose error over samples averages out.
     """
     field = _field(process, denoise, sample_keys(key, x.shape[0]), cond, divergence or hutchinson())
@@ -83,7 +85,7 @@ def log_density(
         reach, weight = jnp.array([0.0, 0.5, 0.5, 1.0]), jnp.array([1.0, 2.0, 2.0, 1.0]) / 6.0
         return jax.lax.scan(stage, (jnp.zeros_like(y), y, total), (times, reach, weight))[0][1:], None
 
-    y = x / _scale(process, grid[0])
+    y = _signal(process, grid[0]) * x
     (latent, total), _ = jax.lax.scan(step, (y, jnp.zeros(x.shape[0], x.dtype)), (times, jnp.diff(level)))
     return _likelihood(process, grid[0], latent, total)
 
@@ -123,7 +125,7 @@ def log_density_to_tolerance(
             max_steps=max_steps, stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
         ).ys  # fmt: skip
 
-    latent, total = jax.vmap(solve)(sample_keys(key, x.shape[0]), x / _scale(process, grid[0]), cond)
+    latent, total = jax.vmap(solve)(sample_keys(key, x.shape[0]), _signal(process, grid[0]) * x, cond)
     return _likelihood(process, grid[0], latent[:, 0], total[:, 0])
 
 
@@ -167,8 +169,9 @@ def _along(f: Callable[[Array], Array], y: Array, directions: Array) -> tuple[Ar
 # --- The flow --------------------------------------------------------------------------------------------------------
 
 
-def _scale(process: Process, t: Array) -> Array:
-    return jnp.hypot(process.alpha(t), process.sigma(t))
+def _signal(process: Process, t: Array) -> Array:
+    """a = alpha / sqrt(alpha^2 + sigma^2)."""
+    return process.alpha(t) / jnp.hypot(process.alpha(t), process.sigma(t))
 
 
 def _log_level(process: Process, t: Array) -> Array:
@@ -179,8 +182,7 @@ def _field(process: Process, denoise: Denoiser, keys: Array, cond: Any, divergen
     """(t, y) -> dy / dl and its divergence [B], for a scalar t."""
 
     def field(t, y):
-        scale = _scale(process, t)
-        a = process.alpha(t) / scale
+        scale, a = jnp.hypot(process.alpha(t), process.sigma(t)), _signal(process, t)
 
         def slope(y):
             return a * (a * y - denoise(scale * y, jnp.full(y.shape[:1], t, y.dtype), cond))
@@ -191,7 +193,7 @@ def _field(process: Process, denoise: Denoiser, keys: Array, cond: Any, divergen
 
 
 def _likelihood(process: Process, t: Array, latent: Array, total: Array) -> Likelihood:
-    """The prior's log density, what the path added to it, and the change of variables from y to x_t."""
+    """The prior's log density, what the path added to it, and the change of variables from y to x."""
     flat = latent.reshape(latent.shape[0], -1)
     prior = -0.5 * (flat**2 + jnp.log(2.0 * jnp.pi)).sum(axis=1)
-    return Likelihood(prior + total - flat.shape[1] * jnp.log(_scale(process, t)), latent)
+    return Likelihood(prior + total + flat.shape[1] * jnp.log(_signal(process, t)), latent)

@@ -17,6 +17,7 @@ denoiser knows of their correlation, for the price of a gradient; DDNM leaves th
 import jax
 import jax.numpy as jnp
 
+from diffrl.diffusion.guidance import on_x0
 from diffrl.diffusion.operators import Operator, adjoint
 from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import Process, expand, scales
@@ -52,8 +53,8 @@ def ddnm(
     """
 
     def consistent(x, t, cond):
-        x0 = denoise(x, t, cond)
-        return x0 + _correction(operator, y, x0, noise, conditional_variance(process, t, data_variance))
+        r2 = conditional_variance(process, t, data_variance)
+        return on_x0(lambda x0: x0 + _correction(operator, y, x0, noise, r2), denoise(x, t, cond))
 
     return consistent
 
@@ -72,11 +73,16 @@ def pigdm(
     """
 
     def guided(x, t, cond):
-        x0, pull_back = jax.vjp(lambda x: denoise(x, t, cond), x)
+        def estimate(x):
+            whole = denoise(x, t, cond)
+            return jax.tree.leaves(whole)[0], whole
+
+        x0, pull_back, whole = jax.vjp(estimate, x, has_aux=True)
         r2 = conditional_variance(process, t, data_variance)
         alpha, sigma = scales(process, t, x)
         weighted = _correction(operator, y, x0, noise, r2) / expand(r2, x)
-        return x0 + sigma**2 / alpha * pull_back(weighted)[0]
+        change = sigma**2 / alpha * pull_back(weighted)[0]
+        return on_x0(lambda x0: x0 + change, whole)
 
     return guided
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffrl.errors import UserError
-from diffrl.nets.alexnet import LAYERS, AlexNet
+from diffrl.nets.alexnet import LAYERS, SMALLEST, AlexNet
 
 # Of ImageNet's pixels in [-1, 1], as LPIPS has them.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -43,7 +43,9 @@ def load(*paths: str | pathlib.Path) -> tuple[Apply, Any]:
 
 
 def apply(params: Any, x: jax.Array) -> tuple[jax.Array, ...]:
-    """The activations that LPIPS compares."""
+    """The activations that LPIPS compares; raises UserError for images that are too small."""
+    if min(x.shape[1:3]) < SMALLEST:
+        raise UserError(f"LPIPS of {x.shape[1]}x{x.shape[2]} images: AlexNet needs at least {SMALLEST}x{SMALLEST}")
     x = jnp.broadcast_to(x, (*x.shape[:-1], 3))
     outputs: Any = AlexNet().apply({"params": params["alexnet"]}, (x - jnp.array(SHIFT)) / jnp.array(SCALE))
     return outputs

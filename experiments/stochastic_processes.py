@@ -150,7 +150,7 @@ def langevin_dynamics(config: Config, key: Array, folder) -> list[Row]:
     first = start(noising, keys[0], (config.particles, 2))
     plain = langevin.unadjusted(lambda x: mixtures.score(m, noising, x, jnp.full(len(x), 1e-3)))
     levels = jnp.append(jnp.linspace(1.0, 0.2, 25), 0.0)
-    annealed = langevin.annealed(noising, mixtures.denoiser(m, noising), count=config.steps // 20)
+    annealed = langevin.annealed(noising, mixtures.denoiser(m, noising), count=config.steps // 5)
     ends = {
         "exact": mixtures.draw(m, keys[1], config.particles),
         "Langevin": jax.jit(lambda x: sample(plain, keys[2], x, 0.01 * jnp.arange(1.0 + 2 * config.steps)))(first),
@@ -183,7 +183,7 @@ def langevin_dynamics(config: Config, key: Array, folder) -> list[Row]:
 
 # --- Fokker-Planck ---------------------------------------------------------------------------------------------------
 
-TEMPERATURE = 0.35
+TEMPERATURE = 0.5
 
 
 def potential(x: Array) -> Array:
@@ -254,7 +254,8 @@ def marginals(config: Config, key: Array, folder) -> list[Row]:
         above.contour(centres, centres, exact[n].T, levels, colors=RED, linewidths=0.7)
         below.hist2d(*particles[n].T, bins=50, range=[(-4, 4)] * 2, density=True, **shared)
         above.set_title(f"t = {t:g}", loc="left", fontsize=10)
-        above.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
+        for axes in (above, below):
+            axes.set(xlim=(-3, 3), ylim=(-3, 3), aspect="equal")
         distance = np.abs(densities[n] - exact[n]).sum() * plane.widths.prod()
         rows.append(Row(f"mixture under VP, t = {t:g}: L1 of the equation to its exact solution", distance, 0.0))
     grid[0, 0].set_ylabel("equation, exact (red)")
@@ -276,7 +277,7 @@ def reversal(config: Config, key: Array, folder) -> list[Row]:
     data, others = (mixtures.draw(m, k, config.particles) for k in keys[:2])
     floor = between(data, others)
     figure, grid = plots.panels(3, 3, 3.4, 2.3, sharey=True)
-    rising, falling = jnp.linspace(0.0, 1.0, config.steps + 1), jnp.linspace(1.0, 1e-3, config.steps + 1)
+    rising, falling = jnp.linspace(0.0, 1.0, config.steps + 1), jnp.linspace(1.0, 0.03, config.steps + 1) ** 2
     rows = []
     for line, (name, noising) in zip(grid, noisings.items(), strict=True):
         denoise = mixtures.denoiser(m, noising)
@@ -286,8 +287,8 @@ def reversal(config: Config, key: Array, folder) -> list[Row]:
             "reverse SDE": (sde.euler_maruyama(noising, denoise), noise, falling),
             "probability flow": (sde.probability_flow(noising, denoise), noise, falling),
         }
-        for axes, (way, (sampler, x, times)) in zip(line, walks.items(), strict=True):
-            path = walk(sampler, keys[3], x, times)[..., 0]
+        for axes, k, (way, (sampler, x, times)) in zip(line, keys[3:], walks.items(), strict=True):
+            path = walk(sampler, k, x, times)[..., 0]
             draw_paths(axes, m, noising, np.asarray(times), path[:, : config.shown])
             axes.set_title(f"{name}: {way}", loc="left", fontsize=10)
             if way != "forward SDE":

@@ -70,11 +70,17 @@ def test_sharpened_likelihoods_are_classifier_free_guidance():
 
 
 def test_scale_zero_and_the_outside_of_an_interval_change_nothing():
-    denoise = mixtures.denoiser(MARGINAL, PROCESS)
+    def denoise(x, t, cond):
+        return jnp.tanh(x)
+
+    def log_prob(x, t, cond):
+        return (x * cond[:, None]).sum(axis=1)
+
     interval = guidance.interval(PROCESS, 3.0, 20.0, 30.0, outside=0.0)
-    for scale in (0.0, interval):
-        guided = classifier_guidance.classifier(PROCESS, denoise, log_prob(PROCESS), scale)
-        np.testing.assert_array_equal(guided(X, T, LABEL), denoise(X, T))
+    for wrap in (classifier_guidance.classifier, classifier_guidance.through_x0):
+        for scale in (0.0, interval):
+            np.testing.assert_array_equal(wrap(PROCESS, denoise, log_prob, scale)(X, T, LABEL), jnp.tanh(X))
+        assert not np.allclose(wrap(PROCESS, denoise, log_prob, 0.1)(X, T, LABEL), jnp.tanh(X))
 
 
 def test_samples_have_the_moments_of_their_class():

@@ -41,9 +41,10 @@ def brute_force(real, fake, k):
 def test_brute_force_in_any_blocks(monkeypatch, block):
     monkeypatch.setattr(pr, "BLOCK", block)
     rng = np.random.default_rng(0)
-    real, fake = rng.normal(size=(40, 3)), 0.6 * rng.normal(size=(30, 3)) + 0.4
-    assert pr.precision_recall(real, fake) == pytest.approx(brute_force(real, fake, 3))
-    assert 0 < pr.precision_recall(real, fake).recall < pr.precision_recall(real, fake).precision < 1
+    real, fake = rng.normal(size=(40, 3)), 0.8 * rng.normal(size=(30, 3)) + 1.2
+    expected = brute_force(real, fake, 3)
+    assert pr.precision_recall(real, fake) == pytest.approx(expected)
+    assert 0.1 < expected[1] < expected[0] < 0.9
 
 
 def test_radii_of_another_library():

@@ -1,0 +1,356 @@
+"""Guidance: what each kind of it buys in fidelity, and what it pays in diversity.
+
+    python -m experiments.guidance                            # handwritten digits: minutes on two CPU cores
+    python -m experiments.guidance --preset=cifar10 --config.model.data.dir=DIR --config.model.eval.judge_weights=NPZ
+
+Trains a class-conditional model, a weaker one and a classifier of noisy images, then sweeps the scale of
+
+    classifier-free   Ho & Salimans, 2022                     autoguidance   Karras et al., 2024
+    interval          Kynkaanniemi et al., 2024               classifier     Dhariwal & Nichol, 2021
+    rescale           Lin et al., 2024                        through x0     Bansal et al., 2023
+    APG               Sadat et al., 2025
+
+Every point is judged by a classifier of real images: the share recognised as their class, precision and recall
+(Kynkaanniemi et al., 2019) and the Fréchet distance on its features; and in pixels, relative to held-out images, by the
+spread within a class and the contrast (standard deviation of all pixels).
+
+Ends with tradeoff.png, samples/METHOD.png (one row per scale, the same noise in all), table.md and results.json.  A
+second run of the same command takes up the training, or the method, it was at.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffrl import config as config_lib
+from diffrl.data.catalog import DataConfig
+from diffrl.data.source import Source
+from diffrl.diffusion import classifier_guidance, guidance
+from diffrl.diffusion.process import Process
+from diffrl.diffusion.sampling import Sampler
+from diffrl.errors import UserError
+from diffrl.evaluate import frechet, grids, judges, plots, precision_recall
+from diffrl.recipes import denoising, images, noisy_classifier, scores
+from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
+from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
+from diffrl.recipes.noisy_classifier import ClassifierConfig
+from diffrl.train import mesh
+from diffrl.train.mesh import init_distributed
+from diffrl.train.optim import OptimConfig
+
+PICTURED = 20  # samples of each scale in a method's picture
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)  # at which the noisy classifier's accuracy is reported
+
+
+@dataclasses.dataclass
+class Config:
+    """The models, the scales that are swept, and what the methods have beside a scale."""
+
+    model: ImageConfig = dataclasses.field(default_factory=images.digits_config)
+    weak_channels: int = config_lib.leaf(16, "width of autoguidance's weaker network")
+    weak_steps: int = config_lib.leaf(150, "and its updates")
+    classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
+    methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
+    scales: tuple[float, ...] = config_lib.leaf((1.0, 1.5, 2.0, 3.0, 5.0, 8.0), "1 is the plain conditional model")
+    classifier_scales: tuple[float, ...] = config_lib.leaf(
+        (0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "of classifier and through x0: 0 is the unconditional model"
+    )
+    low: float = config_lib.leaf(-2.0, "interval: the least log SNR that is guided")
+    high: float = config_lib.leaf(3.0, "interval: the log SNR from which on nothing is guided")
+    phi: float = config_lib.leaf(0.7, "rescale: the share brought to the conditional estimate's standard deviation")
+    eta: float = config_lib.leaf(0.0, "APG: what is kept along the conditional estimate")
+    radius: float = config_lib.leaf(2.5, "APG: the longest difference of the two estimates")
+    beta: float = config_lib.leaf(-0.5, "APG: momentum")
+    sets: int = config_lib.leaf(
+        3, "sets of model.eval.samples images (or as many as are held out) that a point is the mean of"
+    )
+
+
+def digits() -> Config:
+    """8x8 digits on a CPU."""
+    config = Config()
+    config.model.train = TrainConfig(steps=600, ema_decay=0.99, sample_every=0, checkpoint_every=200)
+    config.model.sample = SampleConfig(steps=25, batch=360)
+    return config
+
+
+def cifar10() -> Config:
+    """CIFAR-10 with EDM's preconditioning and grid, on one modern GPU: an hour or two."""
+    model = ImageConfig(
+        data=DataConfig(name="cifar10", flip=True),
+        unet=UNetConfig(head_dim=64, scale_shift=True, dropout=0.1, dtype="bfloat16"),
+        diffusion=DiffusionConfig(process="ve", prediction="edm", times="log_normal", weight="edm"),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=1000, schedule="cosine"),
+        train=TrainConfig(steps=16_000, batch_size=512, inner=10, ema_decay=0.9995, sample_every=0),
+        sample=SampleConfig(steps=32, grid="karras", batch=1000),
+        eval=EvalConfig(judge="resnet", samples=5000),
+    )
+    classifier = ClassifierConfig(64, (1, 2, 2), blocks=2, groups=32, steps=8000)
+    return Config(model, weak_channels=64, weak_steps=2000, classifier=classifier, radius=20.0, sets=1)
+
+
+# --- The methods -----------------------------------------------------------------------------------------------------
+
+
+class Parts(NamedTuple):
+    """What the methods are made of: denoisers with labels, and `make`, which turns a denoiser into a sampler."""
+
+    config: Config
+    process: Process
+    make: Callable
+    denoise: Callable
+    weak: Callable
+    log_prob: Callable  # of the noisy classifier
+    null: int
+
+    def unconditional(self, x, t, label):
+        """The model without the label, for what a classifier adds to it."""
+        return self.denoise(x, t, jnp.full_like(label, self.null))
+
+
+def classifier_free(parts: Parts, scale: Any, combine: Callable = guidance.linear) -> Sampler:
+    return parts.make(guidance.classifier_free(parts.denoise, scale, parts.null, combine))
+
+
+def interval(parts: Parts, scale: jax.Array) -> Sampler:
+    return classifier_free(parts, guidance.interval(parts.process, scale, parts.config.low, parts.config.high))
+
+
+def rescale(parts: Parts, scale: jax.Array) -> Sampler:
+    return classifier_free(parts, scale, guidance.rescale(parts.config.phi))
+
+
+def apg(parts: Parts, scale: jax.Array) -> Sampler:
+    pair = guidance.against_null(parts.denoise, parts.null)
+    combine = guidance.project(parts.config.eta, parts.config.radius)
+    return guidance.momentum(parts.make, pair, scale, combine, parts.config.beta)
+
+
+def autoguidance(parts: Parts, scale: jax.Array) -> Sampler:
+    return parts.make(guidance.autoguidance(parts.denoise, parts.weak, scale))
+
+
+def classifier(parts: Parts, scale: jax.Array) -> Sampler:
+    return parts.make(classifier_guidance.classifier(parts.process, parts.unconditional, parts.log_prob, scale))
+
+
+def through_x0(parts: Parts, scale: jax.Array) -> Sampler:
+    """The same classifier, but of the estimate of x_0, at t = 0."""
+
+    def log_prob(x0, t, label):
+        return parts.log_prob(x0, jnp.zeros_like(t), label)
+
+    return parts.make(classifier_guidance.through_x0(parts.process, parts.unconditional, log_prob, scale))
+
+
+METHODS = {
+    "classifier-free": classifier_free,
+    "interval": interval,
+    "rescale": rescale,
+    "APG": apg,
+    "autoguidance": autoguidance,
+    "classifier": classifier,
+    "through x0": through_x0,
+}
+LIKELIHOODS = ("classifier", "through x0")
+
+
+# --- The sweep -------------------------------------------------------------------------------------------------------
+
+
+class Sessions(NamedTuple):
+    """The three networks."""
+
+    model: Session
+    weak: Session
+    classifier: Session
+
+
+def open_sessions(config: Config, run: config_lib.Run) -> Sessions:
+    """Each in a folder of its own, where it resumes by itself."""
+    weak = copy.deepcopy(config.model)
+    weak.unet.channels, weak.train.steps = config.weak_channels, config.weak_steps
+    folders = (run._replace(workdir=run.workdir / name) for name in Sessions._fields)
+    return Sessions(
+        images.open_session(config.model, next(folders)),
+        images.open_session(weak, next(folders)),
+        noisy_classifier.open_session(config.classifier, config.model, next(folders)),
+    )
+
+
+def make_generator(config: Config, sessions: Sessions, method: Callable, classes: int) -> Callable:
+    """(params of the three networks, scale, labels [N]) -> images [N, H, W, C], of the same noise for every scale.
+
+    The scale is an argument of the compiled program: a sweep compiles once.
+    """
+    model, devices, settings = sessions.model.model, sessions.model.devices, config.model.sample
+    grid = denoising.make_grid(model.diffusion, settings, config.model.diffusion.table_steps)
+    key = jax.random.key(settings.seed)
+
+    @jax.jit
+    def chunk(params, part, scale):
+        parts = Parts(
+            config,
+            model.diffusion.process,
+            lambda denoise: denoising.make_sampler(model.diffusion, settings, denoise, None),
+            denoising.make_denoiser(model.diffusion, model.apply, params.model),
+            denoising.make_denoiser(model.diffusion, sessions.weak.model.apply, params.weak),
+            classifier_guidance.label_log_prob(
+                lambda x, t: noisy_classifier.logits(sessions.classifier, params.classifier, x, t)
+            ),
+            classes,
+        )
+        sampler = method(parts, scale)
+        return denoising.draw(sampler, model.diffusion, grid, key, part["id"], model.shape, part["label"])
+
+    def generate(params, scale, labels):
+        size = max(1, min(settings.batch, len(labels)) // devices.size) * devices.size
+        made = []
+        for first in range(0, len(labels), size):
+            part = {"id": np.arange(first, first + size), "label": np.resize(labels[first:], size)}
+            made.append(mesh.fetch(chunk(params, mesh.put_global(devices, part), np.float32(scale))))
+        return np.concatenate(made)[: len(labels)]
+
+    return generate
+
+
+class Ruler(NamedTuple):
+    """What samples are measured with: a judge, what it sees in training images, and held-out images in pixels."""
+
+    num: int  # images in a set: scores depend on it
+    judge: judges.Judge
+    moments: frechet.Moments
+    features: np.ndarray
+    spread: float
+    contrast: float
+
+    def measure(self, x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The scores of one set of images."""
+        features = self.judge.features(x)
+        precision, recall = precision_recall.precision_recall(self.features, features)
+        return {
+            "recognised": judges.agreement(self.judge, x, labels),
+            "precision": precision,
+            "recall": recall,
+            "frechet": frechet.frechet_distance(frechet.moments(lambda f: f, [features]), self.moments),
+            "spread": precision_recall.spread(x, labels) / self.spread,
+            "contrast": float(x.std()) / self.contrast,
+        }
+
+
+def real_images(source: Source, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """`num` labelled images spread evenly over the set."""
+    x, labels = scores.spread(source, num)
+    return x, np.asarray(labels)
+
+
+def make_ruler(session: Session, held_out: Source) -> tuple[Ruler, dict[str, float]]:
+    """The ruler, and what it says of held-out images."""
+    judge = scores.make_judge(session, held_out)
+    if judge is None:
+        raise UserError("guidance is measured by a judge: set --config.model.eval.judge and its weights")
+    num = min(session.config.eval.samples, held_out.length)
+    everything, _ = real_images(session.source, session.source.length)
+    reference, _ = real_images(session.source, num)
+    x, labels = real_images(held_out, num)
+    spread, contrast = precision_recall.spread(x, labels), float(x.std())
+    ruler = Ruler(
+        num, judge, frechet.moments(judge.features, [everything]), judge.features(reference), spread, contrast
+    )
+    return ruler, ruler.measure(x, labels)
+
+
+def sweep(config: Config, name: str, generate: Callable, classes: int, ruler: Ruler, run: config_lib.Run) -> list[dict]:
+    """A row of mean scores for each scale of one method, and its picture."""
+    num, rows, strips = ruler.num, [], []
+    scales = config.classifier_scales if name in LIKELIHOODS else config.scales
+    labels = np.resize(np.arange(classes, dtype=np.int32), num * config.sets)
+    for scale in tqdm(scales, desc=name, unit="scale", leave=False):
+        made = generate(scale, labels)
+        sets = [ruler.measure(made[i : i + num], labels[i : i + num]) for i in range(0, len(made), num)]
+        rows.append({"scale": scale} | {score: float(np.mean([one[score] for one in sets])) for score in sets[0]})
+        strips.append(made[:PICTURED])
+    picture = grids.image_grid(np.concatenate(strips), len(strips[0]))
+    path = run.workdir / "samples" / f"{name.replace(' ', '_')}.png"
+    grids.save_png(path, grids.label_rows(picture, [f"{scale:g}" for scale in scales]))
+    return rows
+
+
+def main(config: Config, run: config_lib.Run) -> None:
+    # Whatever the end needs is checked before the training, not after it.
+    chosen = {name: denoising.choose("methods", name, METHODS) for name in config.methods or METHODS}
+    scores.check(config.model.eval)
+    sessions = open_sessions(config, run)
+    classes = sessions.model.model.num_classes
+    if classes is None or config.model.diffusion.learned_variance:
+        raise UserError("the methods compare estimates of x_0 given a label: use labelled data and no learned variance")
+    held_out = scores.held_out_source(sessions.model)
+    if held_out is None:
+        raise UserError(f"{config.model.data.name} has no {config.model.eval.split!r}: set --config.model.eval.split")
+    ruler, real = make_ruler(sessions.model, held_out)
+    generators = {name: make_generator(config, sessions, method, classes) for name, method in chosen.items()}
+    params = Sessions(*(images.train(session).ema for session in sessions))
+
+    path = run.workdir / "results.json"
+    settings = {**config_lib.to_dict(config), "methods": None}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("settings") != settings:  # after a longer training, say, all is measured anew
+        known = noisy_classifier.accuracies(
+            sessions.classifier, params.classifier, *real_images(held_out, held_out.length), TIMES
+        )
+        results = {"settings": settings, "real": real, "classifier_accuracy": known, "methods": {}}
+    for name in [name for name in generators if name not in results["methods"]]:
+        rows = sweep(config, name, functools.partial(generators[name], params), classes, ruler, run)
+        results["methods"][name] = rows
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    report(results, list(chosen), ruler.judge.name, run)
+
+
+def report(results: dict, names: list[str], judge: str, run: config_lib.Run) -> None:
+    """The plot and the tables: all points in table.md, each method's lowest Fréchet distance on stdout."""
+    rows = {name: results["methods"][name] for name in names}
+    real = {"scale": np.nan, **results["real"]}
+    curves = {
+        name: ([row["recall"] for row in points], [row["precision"] for row in points])
+        for name, points in [*rows.items(), ("held-out images", [real])]
+    }
+    axes = (f"recall on features of {judge} (diversity)", "precision (fidelity)")
+    title = "What guidance trades: each curve is one method, from scale 1 up"
+    plots.curves(run.workdir / "tradeoff.png", curves, *axes, title=title, markers=True)
+    every = [(name, row) for name in names for row in rows[name]]
+    best = [(name, min(rows[name], key=lambda row: row["frechet"])) for name in names]
+    accuracy = [f"{value:.0%} at t = {t}" for t, value in zip(TIMES, results["classifier_accuracy"], strict=True)]
+    note = f"\nNoisy classifier on held-out images: {', '.join(accuracy)}.\n"
+    (run.workdir / "table.md").write_text(table([("held-out images", real), *every], judge) + note)
+    print(f"Each method at its lowest Fréchet distance; all points are in table.md.\n{note}")
+    print(table([("held-out images", real), *best], judge))
+    print(f"everything lies in {run.workdir}")
+
+
+def table(rows: list[tuple[str, dict]], judge: str) -> str:
+    """A Markdown table."""
+    lines = [
+        f"| method | scale | recognised | precision | recall | FD-{judge} | spread | contrast |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows:
+        scale = "" if np.isnan(row["scale"]) else f"{row['scale']:g}"
+        lines.append(
+            f"| {name} | {scale} | {row['recognised']:.1%} | {row['precision']:.3f} | {row['recall']:.3f} "
+            f"| {row['frechet']:.2f} | {row['spread']:.3f} | {row['contrast']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PRESETS = {"digits": digits, "cifar10": cifar10}
+
+if __name__ == "__main__":
+    config_lib.run(main, PRESETS, setup=init_distributed)

@@ -1,4 +1,4 @@
-"""What the tests of this folder share: the processes with their curves in float64, and mixtures to noise.
+"""What the tests of this folder share: the processes with their curves in float64, mixtures to noise, exact flows.
 
 The curves are written from the papers in numpy, so that they stand as oracles beside `diffrl.diffusion.process`.
 """
@@ -9,7 +9,9 @@ import numpy as np
 
 from diffrl.diffusion import mixtures
 from diffrl.diffusion import process as processes
+from diffrl.diffusion.sampling import sample
 
+MEAN, VARIANCE = 0.4, 0.09  # of one-dimensional Gaussian data
 DDPM = np.linspace(1e-4, 0.02, 1000)
 PROCESSES = {
     "cosine": processes.cosine(),
@@ -68,3 +70,31 @@ def relative(actual, expected) -> float:
 
 def key(seed: int = 0) -> jax.Array:
     return jax.random.key(seed)
+
+
+# From where to where orders of convergence are measured: there the error's leading term does not change sign.
+SPANS = {"cosine": (0.8, 0.3), "vp": (0.8, 0.3), "flow": (0.8, 0.3), "ve": (0.9, 0.1)}
+
+
+def flow_errors(make, name, grids) -> list[float]:
+    """How far a solver ends from the probability flow's exact map, the largest over seven points, for each grid.
+
+    In float64.  For Gaussian data the flow keeps (x - alpha MEAN) / std fixed.  make: (process, denoise) -> sampler.
+    """
+    curves, process = CURVES[name], PROCESSES[name]
+    z = np.linspace(-1.5, 1.5, 7)[:, None]
+    with jax.enable_x64(True):
+        sampler = make(process, mixtures.denoiser(mixtures.mixture([1.0], [[MEAN]], [VARIANCE]), process))
+        run = jax.jit(lambda x, grid: sample(sampler, key(), x, grid))
+        errors = []
+        for grid in grids:
+            alpha, sigma = curves(np.asarray(grid, np.float64))
+            x = alpha[:, None, None] * MEAN + np.sqrt(alpha**2 * VARIANCE + sigma**2)[:, None, None] * z
+            errors.append(float(np.abs(np.asarray(run(jnp.asarray(x[0]), jnp.asarray(grid))) - x[-1]).max()))
+    return errors
+
+
+def order(make, name, grids) -> float:
+    """The order of convergence: the slope of log error against the number of steps, with its sign turned."""
+    counts = [len(grid) - 1 for grid in grids]
+    return -np.polyfit(np.log(counts), np.log(flow_errors(make, name, grids)), 1)[0]

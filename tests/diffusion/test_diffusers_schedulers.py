@@ -1,13 +1,18 @@
 """Tables, grids, single steps and whole walks against diffusers' schedulers, on one deterministic model."""
 
+import contextlib
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion_cases import key
+from diffusion_cases import key, relative
 
 from diffrl.diffusion import losses, prediction, samplers, times
 from diffrl.diffusion import process as P
+from diffrl.diffusion.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from diffrl.diffusion.sampling import Sampler, sample
+from diffrl.diffusion.unipc import unipc
 
 pytestmark = pytest.mark.oracle
 torch = pytest.importorskip("torch", reason="torch of the [oracles] extra is not installed")
@@ -96,19 +101,120 @@ def test_ddim(num):
     np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
 
 
+def with_given_noise(sampler, noise):
+    def step(keys, state, t, s, cond):
+        state, info = sampler.step(keys, state, t, s, cond)
+        return state._replace(x=info.mean + info.std * noise), info
+
+    return Sampler(sampler.init, step)
+
+
 def test_ddim_with_noise():
     """eta = 0.7, the same constant "noise" at every step."""
     noise = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
     theirs = diffusers.DDIMScheduler(**schedule("linear"), timestep_spacing="trailing", clip_sample=False)
     expected = walked(theirs, 20, eta=0.7, variance_noise=torch.tensor(noise))
-    ours = samplers.ddim(TABLE, DENOISE, eta=0.7)
-
-    def step(keys, state, t, s, cond):
-        state, info = ours.step(keys, state, t, s, cond)
-        return state._replace(x=info.mean + info.std * noise), info
-
-    actual = sample(Sampler(ours.init, step), key(), jnp.asarray(X), times.table_grid(T, 20))
+    ours = with_given_noise(samplers.ddim(TABLE, DENOISE, eta=0.7), noise)
+    actual = sample(ours, key(), jnp.asarray(X), times.table_grid(T, 20))
     np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("num", [2, 10, 50])
+def test_dpm_solver(num):
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **schedule("linear"), algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint",
+        timestep_spacing="trailing", final_sigmas_type="zero",
+    )  # fmt: skip
+    expected = walked(theirs, num)
+    actual = sample(dpmpp_2m(TABLE, DENOISE), key(), jnp.asarray(X), times.table_grid(T, num))
+    assert relative(actual, expected) < 1e-4
+
+
+def test_dpm_solver_as_an_sde():
+    """The same constant "noise" at every step."""
+    noise = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+    theirs = diffusers.DPMSolverMultistepScheduler(
+        **schedule("linear"), algorithm_type="sde-dpmsolver++", solver_order=2, solver_type="midpoint",
+        timestep_spacing="trailing", final_sigmas_type="zero",
+    )  # fmt: skip
+    expected = walked(theirs, 20, variance_noise=torch.tensor(noise))
+    ours = with_given_noise(dpmpp_2m_sde(TABLE, DENOISE), noise)
+    assert relative(sample(ours, key(), jnp.asarray(X), times.table_grid(T, 20)), expected) < 1e-4
+
+
+@pytest.mark.parametrize(("order", "num"), [(2, 2), (2, 10), (2, 50), (3, 10), (3, 50)])
+def test_unipc(order, num):
+    """Into sigma = 0; of order 3 only to its last but one node, where diffusers already goes down to order 2."""
+    theirs = diffusers.UniPCMultistepScheduler(
+        **schedule("linear"), solver_order=order, solver_type="bh2", predict_x0=True,
+        timestep_spacing="trailing", final_sigmas_type="zero",
+    )  # fmt: skip
+    theirs.set_timesteps(num)
+    path, x = [], torch.tensor(X)
+    for k in theirs.timesteps:
+        x = theirs.step(predict(x, k.item(), torch), k, x).prev_sample
+        path.append(x.numpy())
+    sampler = unipc(TABLE, DENOISE, order)
+    _, ours = sample(sampler, key(), jnp.asarray(X), times.table_grid(T, num), trace=lambda x, info: x)
+    steps = num if order == 2 else num - 2
+    assert relative(ours[:steps], path[:steps]) < 1e-4
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_unipc_in_float64(order):
+    """To twelve digits, down to the table's first node."""
+    grid = np.append(np.arange(T, 0, -50), 1) / T
+    alpha_bar = P.alpha_bars(P.linear_betas())[(grid * T).round().astype(int) - 1]
+    with jax.enable_x64(True), default_dtype(torch.float64):
+        theirs = diffusers.UniPCMultistepScheduler(
+            **schedule("linear"), solver_order=order, solver_type="bh2", timestep_spacing="trailing",
+            final_sigmas_type="sigma_min", lower_order_final=False,
+        )  # fmt: skip
+        theirs.set_timesteps(20)
+        theirs.sigmas = torch.tensor(np.sqrt((1 - alpha_bar) / alpha_bar))
+        x = torch.tensor(X, dtype=torch.float64)
+        for k in theirs.timesteps:
+            x = theirs.step(predict(x, k.item(), torch), k, x).prev_sample
+        ours = sample(unipc(TABLE, DENOISE, order), key(), jnp.asarray(X, jnp.float64), jnp.asarray(grid))
+        assert ours.dtype == jnp.float64
+        assert relative(ours, x) < 1e-12
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(("theirs", "spacing", "make"), [
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, dpmpp_2m),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, unipc),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, samplers.euler),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, samplers.heun),
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, dpmpp_2m),
+])  # fmt: skip
+def test_grids_of_levels(theirs, spacing, make):
+    """Karras's sigmas and geometric ones: the levels, and a walk with a model that is told no time."""
+    scheduler = getattr(diffusers, theirs)(**schedule("linear"), **spacing)
+    scheduler.set_timesteps(12)
+    levels = np.append(np.unique(scheduler.sigmas)[:0:-1], 0.0)  # Heun's scheduler has its inner levels twice
+    low, high = (np.sqrt(1 / TABLE.alpha(jnp.float32(t)) ** 2 - 1) for t in (1 / T, 1.0))
+    grid = (times.karras_grid if "use_karras_sigmas" in spacing else times.log_snr_grid)(TABLE, 12, low, high)
+    np.testing.assert_allclose(TABLE.sigma(grid) / TABLE.alpha(grid), levels, rtol=1e-4, atol=1e-6)
+
+    x = torch.tensor(X) * scheduler.init_noise_sigma
+    for k in scheduler.timesteps:
+        shown = scheduler.scale_model_input(x, k)
+        x = scheduler.step(predict(shown, 500, torch), k, x).prev_sample
+    denoise = prediction.from_eps(TABLE, lambda x, t, cond: predict(x, 500, jnp))
+    ours = jnp.asarray(X)
+    if float(scheduler.init_noise_sigma) > 1:  # theirs is x / alpha
+        ours = ours * float(scheduler.init_noise_sigma) * TABLE.alpha(grid[0])
+    assert relative(sample(make(TABLE, denoise), key(), ours, grid), x) < 2e-4
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,27 @@ def test_karras_grid(name):
     assert np.all(np.diff(grid) < 0)
 
 
-def test_karras_grid_beyond_the_process():
+@pytest.mark.parametrize("name", ["ve", "flow", "cosine"])
+def test_log_snr_grid(name):
+    """Levels in geometric progression from 80 to 0.002, then clean data."""
+    process = P.ve(0.002, 100.0) if name == "ve" else PROCESSES[name]
+    grid = times.log_snr_grid(process, 18)
+    assert grid.shape == (19,)
+    assert grid[-1] == 0.0
+    levels = process.sigma(grid[:-1]) / process.alpha(grid[:-1])
+    np.testing.assert_allclose(levels, np.geomspace(80.0, 0.002, 18), rtol=2e-4)
+
+
+def test_quadratic_grid():
+    np.testing.assert_allclose(times.quadratic_grid(4), np.array([16, 9, 4, 1, 0]) / 16, rtol=1e-6)
+    np.testing.assert_allclose(times.quadratic_grid(2, 0.81, 0.01), [0.81, 0.25, 0.01], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [times.karras_grid, times.log_snr_grid])
+def test_grids_of_levels_beyond_the_process(make):
     """A short table reaches sigma / alpha = 1.32 only: the grid starts there, and no time is repeated."""
     process = P.tabulated(P.alpha_bars(P.linear_betas(100)))
-    grid = times.karras_grid(process, 10)
+    grid = make(process, 10)
     assert grid[0] == pytest.approx(1.0, abs=1e-5)
     assert np.all(np.diff(grid) < 0)
     assert np.all(P.posterior_variance(process, grid[:-2], grid[1:-1]) > 0)

@@ -33,7 +33,7 @@ def sample_parallel(
     times: Array,
     cond: Any = None,
     window: int = 64,
-    tolerance: float = 1e-3,
+    tolerance: float | Array = 1e-3,
     place: Callable[[Array], Array] = lambda states: states,
 ) -> tuple[Array, Array]:
     """What `sampling.sample` returns, to `tolerance`, and the number of rounds: sequential calls of the sampler's step.
@@ -46,13 +46,13 @@ def sample_parallel(
       over them here, with a sharding constraint.  (Or it spreads x over the batch, or both.)
 
     Raises:
-      UserError: the sampler remembers earlier steps, or the window or the tolerance is out of range.
+      UserError: the sampler remembers earlier steps, or there is no window.
     """
     initial = sampler.init(x)
     if jax.tree.leaves(initial.memory):
         raise UserError("sample_parallel walks one-step samplers, and this one has a memory: take ddim or ancestral")
-    if window < 1 or tolerance < 0:
-        raise UserError(f"window={window}, tolerance={tolerance}: choose a window >= 1 and a tolerance >= 0")
+    if window < 1:
+        raise UserError(f"window={window}: choose at least 1, which is the sequential sampler")
     keys, num = sample_keys(key, x.shape[0]), len(times) - 1
     window = min(window, num)
     offsets = jnp.arange(window)
@@ -82,7 +82,7 @@ def sample_parallel(
     return path[0], rounds
 
 
-def _small(change: Array, x: Array, tolerance: float) -> Array:
+def _small(change: Array, x: Array, tolerance: float | Array) -> Array:
     """Of changes [W, B, ...], whether each sample's root mean square is within `tolerance` of the batch's: [W]."""
     squares, size = ((a**2).reshape(*a.shape[:2], -1).mean(axis=-1) for a in (change, x))
     return (squares <= tolerance**2 * size.mean(axis=1, keepdims=True)).all(axis=1)

@@ -12,8 +12,9 @@ through SDEs", 2021, arXiv:2011.13456).  Writes
     marginals.png      a mixture in the plane under the VP process: the equation, its exact solution, particles
     reversal.png       VP, sub-VP and VE: paths forwards, of the reverse SDE and of the probability flow
 
-and a table of what was measured beside what theory says (table.md, results.json).  Expected: every moment within a few
-standard errors, mass kept to 1e-6, every distance about that of two exact samples.
+and a table of what was measured beside what theory says (table.md, results.json).  Expected: moments within a few
+standard errors but for the share of a mode that plain Langevin dynamics gets wrong, mass kept to 1e-6, the distances
+W1 about those of exact samples.
 """
 
 import dataclasses
@@ -206,7 +207,8 @@ def double_well(config: Config, key: Array, folder) -> list[Row]:
     figure, grid = plots.panels(1, 4, 3.0, 2.6, sharex=True, sharey=True)
     rows = []
     for n, (axes, before, now) in enumerate(zip(grid[0], times[:-1], times[1:], strict=True), 1):
-        x = run(jax.random.fold_in(key, n), x, jnp.linspace(before, now, 4 * config.steps + 1))
+        count = round((now - before) * config.steps / 2)
+        x = run(jax.random.fold_in(key, n), x, jnp.linspace(before, now, count + 1))
         axes.hist(np.ravel(x), bins=55, range=(-2.2, 2.2), density=True, color="#BBD3E8", label="particles")
         axes.plot(centres, densities[n], color=BLUE, linewidth=1.8, label="Fokker-Planck")
         axes.plot(centres, boltzmann, color="black", linewidth=1.0, linestyle="--", label="Boltzmann")

@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from diffrl import config as config_lib
 from diffrl.data.catalog import DataConfig
-from diffrl.data.source import Source
 from diffrl.diffusion import classifier_guidance, guidance
 from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler
 from diffrl.errors import UserError
-from diffrl.evaluate import frechet, grids, judges, plots, precision_recall
-from diffrl.recipes import denoising, images, noisy_classifier, scores
+from diffrl.evaluate import grids, plots
+from diffrl.recipes import denoising, fidelity, images, noisy_classifier, scores
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
+from diffrl.recipes.fidelity import Ruler
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
 from diffrl.recipes.noisy_classifier import ClassifierConfig
 from diffrl.train import mesh
@@ -56,12 +56,12 @@ class Config:
 
     model: ImageConfig = dataclasses.field(default_factory=images.digits_config)
     weak_channels: int = config_lib.leaf(16, "width of autoguidance's weaker network")
-    weak_steps: int = config_lib.leaf(150, "and its updates")
+    weak_steps: int = config_lib.leaf(100, "and its updates")
     classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
-    scales: tuple[float, ...] = config_lib.leaf((1.0, 1.5, 2.0, 3.0, 5.0, 8.0), "1 is the plain conditional model")
+    scales: tuple[float, ...] = config_lib.leaf((1.0, 1.5, 2.0, 3.0, 5.0), "1 is the plain conditional model")
     classifier_scales: tuple[float, ...] = config_lib.leaf(
-        (0.0, 0.5, 1.0, 2.0, 4.0, 8.0), "of classifier and through x0: 0 is the unconditional model"
+        (0.0, 1.0, 2.0, 4.0, 8.0), "of classifier and through x0: 0 is the unconditional model"
     )
     low: float = config_lib.leaf(-2.0, "interval: the least log SNR that is guided")
     high: float = config_lib.leaf(3.0, "interval: the log SNR from which on nothing is guided")
@@ -77,8 +77,8 @@ class Config:
 def digits() -> Config:
     """8x8 digits on a CPU."""
     config = Config()
-    config.model.train = TrainConfig(steps=600, ema_decay=0.99, sample_every=0, checkpoint_every=200)
-    config.model.sample = SampleConfig(steps=25, batch=360)
+    config.model.train = TrainConfig(steps=300, ema_decay=0.99, sample_every=0, checkpoint_every=100)
+    config.model.sample = SampleConfig(steps=20, batch=355)
     return config
 
 
@@ -222,61 +222,14 @@ def make_generator(config: Config, sessions: Sessions, method: Callable, classes
     return generate
 
 
-class Ruler(NamedTuple):
-    """What samples are measured with: a judge, what it sees in training images, and held-out images in pixels."""
-
-    num: int  # images in a set: scores depend on it
-    judge: judges.Judge
-    moments: frechet.Moments
-    features: np.ndarray
-    spread: float
-    contrast: float
-
-    def measure(self, x: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """The scores of one set of images."""
-        features = self.judge.features(x)
-        precision, recall = precision_recall.precision_recall(self.features, features)
-        return {
-            "recognised": judges.agreement(self.judge, x, labels),
-            "precision": precision,
-            "recall": recall,
-            "frechet": frechet.frechet_distance(frechet.moments(lambda f: f, [features]), self.moments),
-            "spread": precision_recall.spread(x, labels) / self.spread,
-            "contrast": float(x.std()) / self.contrast,
-        }
-
-
-def real_images(source: Source, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """`num` labelled images spread evenly over the set."""
-    x, labels = scores.spread(source, num)
-    return x, np.asarray(labels)
-
-
-def make_ruler(session: Session, held_out: Source) -> tuple[Ruler, dict[str, float]]:
-    """The ruler, and what it says of held-out images."""
-    judge = scores.make_judge(session, held_out)
-    if judge is None:
-        raise UserError("guidance is measured by a judge: set --config.model.eval.judge and its weights")
-    num = min(session.config.eval.samples, held_out.length)
-    everything, _ = real_images(session.source, session.source.length)
-    reference, _ = real_images(session.source, num)
-    x, labels = real_images(held_out, num)
-    spread, contrast = precision_recall.spread(x, labels), float(x.std())
-    ruler = Ruler(
-        num, judge, frechet.moments(judge.features, [everything]), judge.features(reference), spread, contrast
-    )
-    return ruler, ruler.measure(x, labels)
-
-
 def sweep(config: Config, name: str, generate: Callable, classes: int, ruler: Ruler, run: config_lib.Run) -> list[dict]:
     """A row of mean scores for each scale of one method, and its picture."""
-    num, rows, strips = ruler.num, [], []
+    rows, strips = [], []
     scales = config.classifier_scales if name in LIKELIHOODS else config.scales
-    labels = np.resize(np.arange(classes, dtype=np.int32), num * config.sets)
+    labels = np.resize(np.arange(classes, dtype=np.int32), ruler.num * config.sets)
     for scale in tqdm(scales, desc=name, unit="scale", leave=False):
         made = generate(scale, labels)
-        sets = [ruler.measure(made[i : i + num], labels[i : i + num]) for i in range(0, len(made), num)]
-        rows.append({"scale": scale} | {score: float(np.mean([one[score] for one in sets])) for score in sets[0]})
+        rows.append({"scale": scale, **ruler.measure(made, labels)})
         strips.append(made[:PICTURED])
     picture = grids.image_grid(np.concatenate(strips), len(strips[0]))
     path = run.workdir / "samples" / f"{name.replace(' ', '_')}.png"
@@ -295,7 +248,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     held_out = scores.held_out_source(sessions.model)
     if held_out is None:
         raise UserError(f"{config.model.data.name} has no {config.model.eval.split!r}: set --config.model.eval.split")
-    ruler, real = make_ruler(sessions.model, held_out)
+    ruler, real = fidelity.make_ruler(sessions.model, held_out)
     generators = {name: make_generator(config, sessions, method, classes) for name, method in chosen.items()}
     params = Sessions(*(images.train(session).ema for session in sessions))
 
@@ -303,9 +256,8 @@ def main(config: Config, run: config_lib.Run) -> None:
     settings = {**config_lib.to_dict(config), "methods": None}
     results = json.loads(path.read_text()) if path.exists() else {}
     if results.get("settings") != settings:  # after a longer training, say, all is measured anew
-        known = noisy_classifier.accuracies(
-            sessions.classifier, params.classifier, *real_images(held_out, held_out.length), TIMES
-        )
+        x, labels = fidelity.labelled(held_out, held_out.length)
+        known = noisy_classifier.accuracies(sessions.classifier, params.classifier, x, labels, TIMES)
         results = {"settings": settings, "real": real, "classifier_accuracy": known, "methods": {}}
     for name in [name for name in generators if name not in results["methods"]]:
         rows = sweep(config, name, functools.partial(generators[name], params), classes, ruler, run)
@@ -315,7 +267,7 @@ def main(config: Config, run: config_lib.Run) -> None:
 
 
 def report(results: dict, names: list[str], judge: str, run: config_lib.Run) -> None:
-    """The plot and the tables: all points in table.md, each method's lowest Fréchet distance on stdout."""
+    """The plot and the table."""
     rows = {name: results["methods"][name] for name in names}
     real = {"scale": np.nan, **results["real"]}
     curves = {
@@ -325,13 +277,11 @@ def report(results: dict, names: list[str], judge: str, run: config_lib.Run) -> 
     axes = (f"recall on features of {judge} (diversity)", "precision (fidelity)")
     title = "What guidance trades: each curve is one method, from scale 1 up"
     plots.curves(run.workdir / "tradeoff.png", curves, *axes, title=title, markers=True)
-    every = [(name, row) for name in names for row in rows[name]]
-    best = [(name, min(rows[name], key=lambda row: row["frechet"])) for name in names]
+    points = [("held-out images", real), *((name, row) for name in names for row in rows[name])]
     accuracy = [f"{value:.0%} at t = {t}" for t, value in zip(TIMES, results["classifier_accuracy"], strict=True)]
-    note = f"\nNoisy classifier on held-out images: {', '.join(accuracy)}.\n"
-    (run.workdir / "table.md").write_text(table([("held-out images", real), *every], judge) + note)
-    print(f"Each method at its lowest Fréchet distance; all points are in table.md.\n{note}")
-    print(table([("held-out images", real), *best], judge))
+    text = f"{table(points, judge)}\nNoisy classifier on held-out images: {', '.join(accuracy)}.\n"
+    (run.workdir / "table.md").write_text(text)
+    print(text)
     print(f"everything lies in {run.workdir}")
 
 

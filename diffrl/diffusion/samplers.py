@@ -13,6 +13,7 @@ noisier time, t^ > t, and makes any of them stochastic.  Multistep methods: `dpm
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from diffrl.diffusion.prediction import Denoiser, to_eps
 from diffrl.diffusion.process import (
@@ -120,7 +121,12 @@ def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
 
 
 def churn(
-    sampler: Sampler, process: Process, gamma: float, s_min: float = 0.0, s_max: float = jnp.inf, s_noise: float = 1.0
+    sampler: Sampler,
+    process: Process,
+    gamma: ArrayLike,
+    s_min: float = 0.0,
+    s_max: float = jnp.inf,
+    s_noise: float = 1.0,
 ) -> Sampler:
     """EDM's stochastic sampler around a one-step method, `heun` in the paper (Karras et al., 2022, algorithm 2).
 

@@ -1,0 +1,395 @@
+"""Sample quality against the number of network calls, for every sampler of this library.
+
+    python -m experiments.samplers                            # a mixture and 8x8 digits: three minutes of two CPU cores
+    python -m experiments.samplers --config.grid=log_snr --workdir=runs/samplers/log_snr
+    python -m experiments.samplers --preset=cifar10 --config.model=WORKDIR --config.image.eval.judge_weights=NPZ
+
+    DDIM            Song et al., 2021          ancestral           Ho et al., 2020
+    Heun            Karras et al., 2022        Euler-Maruyama      Song et al., 2021
+    DPM-Solver++    Lu et al., 2022            SDE-DPM-Solver++    Lu et al., 2022
+    UniPC           Zhao et al., 2023          Heun with churn     Karras et al., 2022
+
+All walk one grid of noise levels (--config.grid).  On a mixture of Gaussians the denoiser is exact, so that what is
+left is the sampler's error: sliced Wasserstein distance to exact samples, and for solvers of the probability flow the
+distance to where it ends.  On a trained model (WORKDIR: of experiments.ddpm; without one a small model of digits is
+trained in the workdir) a judge's Fréchet distance and verdicts stand beside those of held-out real images.
+
+Expect every solver's error to fall with its order, UniPC and DPM-Solver++ to need a third of DDIM's calls for the same
+error, and stochastic samplers to overtake none of them below 50 calls.  Ends with quality.png, samples.png, table.md
+and results.json; a second run of the same command measures only what is missing.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from diffrl import config as config_lib
+from diffrl import config_tree
+from diffrl.data import toy
+from diffrl.diffusion import dpm_solver, mixtures, process, samplers, sde, times, unipc
+from diffrl.diffusion.process import Process
+from diffrl.diffusion.sampling import Info, Sampler, sample, start
+from diffrl.errors import UserError
+from diffrl.evaluate import frechet, grids, judges, plots
+from diffrl.recipes import denoising, images, scores
+from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
+from diffrl.train import mesh
+from diffrl.train.mesh import init_distributed
+
+PROJECTIONS = 64  # of the sliced Wasserstein distance
+FOLLOWED = 64  # images whose path is compared with the probability flow's
+PICTURED = 2  # images of each budget in the picture
+
+
+@dataclasses.dataclass
+class Config:
+    """The model, the grid, and how many network calls a sample may cost."""
+
+    model: str = config_lib.leaf("", "workdir of a trained image model; if empty, `image` is trained")
+    image: ImageConfig = dataclasses.field(default_factory=images.digits_config)
+    grid: str = config_lib.leaf("karras", "linear, quadratic, karras or log_snr")
+    sigma_min: float = config_lib.leaf(0.002, "the least sigma / alpha of karras and log_snr")
+    sigma_max: float = config_lib.leaf(80.0, "and the greatest")
+    budgets: tuple[int, ...] = config_lib.leaf((4, 6, 8, 10, 15, 20, 35, 50, 100), "network calls, on the mixture")
+    image_budgets: tuple[int, ...] = config_lib.leaf((5, 7, 10, 15, 25, 50), "network calls, on the images")
+    reference_steps: int = config_lib.leaf(500, "of Heun, to find where the probability flow ends")
+    points: int = config_lib.leaf(8192, "samples of the mixture")
+    s_churn: float = config_lib.leaf(10.0, "of Heun with churn: how much noise a whole walk adds")
+    methods: tuple[str, ...] = config_lib.leaf((), "only these samplers; all if empty", free=True)
+
+
+def digits() -> Config:
+    """8x8 digits on a CPU: a network small enough to be trained in a minute and called a thousand times in another."""
+    config = Config()
+    config.image.unet = UNetConfig(channels=24, multipliers=(1, 2), blocks=1, attention=(4,), groups=8)
+    config.image.train = TrainConfig(steps=600, ema_decay=0.99, sample_every=0, checkpoint_every=200)
+    config.image.sample.batch = 360
+    return config
+
+
+def cifar10() -> Config:
+    """A trained CIFAR-10 model, on a GPU: half an hour."""
+    return Config(
+        image=ImageConfig(eval=EvalConfig(judge="resnet", samples=5000)),
+        image_budgets=(5, 7, 10, 15, 25, 50, 100, 250),
+        reference_steps=250,
+        points=2**15,
+    )
+
+
+# --- The samplers ----------------------------------------------------------------------------------------------------
+
+
+class Method(NamedTuple):
+    """A step makes `calls` network calls; the last one makes one."""
+
+    # (process, denoise, number of steps, config) -> sampler
+    make: Callable[[Process, Callable, jax.Array, Config], Sampler]
+    colour: str
+    follows: bool = True  # a solver of the probability flow
+    calls: int = 1
+
+    def steps(self, budget: int) -> int:
+        """The most steps that cost no more than `budget` calls."""
+        return (budget + self.calls - 1) // self.calls
+
+
+def churned(p: Process, denoise: Callable, steps: jax.Array, config: Config) -> Sampler:
+    gamma = jnp.minimum(config.s_churn / steps, np.sqrt(2.0) - 1.0)
+    return samplers.churn(samplers.heun(p, denoise), p, gamma)
+
+
+BLUE, RED, GREEN, PINK, ORANGE, SKY, _, GREY = plots.COLOURS
+METHODS = {
+    "DDIM = Euler": Method(lambda p, d, n, c: samplers.ddim(p, d), BLUE),
+    "Heun": Method(lambda p, d, n, c: samplers.heun(p, d), GREEN, calls=2),
+    "DPM-Solver++(2M)": Method(lambda p, d, n, c: dpm_solver.dpmpp_2m(p, d), RED),
+    "UniPC-2": Method(lambda p, d, n, c: unipc.unipc(p, d, 2), ORANGE),
+    "UniPC-3": Method(lambda p, d, n, c: unipc.unipc(p, d, 3), PINK),
+    "ancestral, small = DDIM, eta 1": Method(lambda p, d, n, c: samplers.ancestral(p, d), BLUE, False),
+    "ancestral, large": Method(lambda p, d, n, c: samplers.ancestral(p, d, 1.0), SKY, False),
+    "Heun with churn": Method(churned, GREEN, False, 2),
+    "SDE-DPM-Solver++(2M)": Method(lambda p, d, n, c: dpm_solver.dpmpp_2m_sde(p, d), RED, False),
+    "Euler-Maruyama": Method(lambda p, d, n, c: sde.euler_maruyama(p, d), GREY, False),
+}
+
+
+def make_grid(config: Config, p: Process, steps: int) -> np.ndarray:
+    """`steps` steps from noise to t = 0, float32 [steps + 1]."""
+    first = 1.0 if float(p.alpha(jnp.ones(()))) > 0 else 0.999
+    options = {
+        "linear": lambda: times.linear_grid(steps, first),
+        "quadratic": lambda: times.quadratic_grid(steps, first),
+        "karras": lambda: times.karras_grid(p, steps, config.sigma_min, config.sigma_max),
+        "log_snr": lambda: times.log_snr_grid(p, steps, config.sigma_min, config.sigma_max),
+    }
+    return np.asarray(denoising.choose("grid", config.grid, options)())
+
+
+def still_at_the_end(sampler: Sampler) -> Sampler:
+    """Does nothing where the grid repeats a time: grids of every length, so padded, share one compiled program."""
+
+    def step(keys, state, t, s, cond):
+        def stay(_):
+            return state, Info(state.x, state.x, jnp.zeros((), state.x.dtype))
+
+        return jax.lax.cond(s < t, lambda _: sampler.step(keys, state, t, s, cond), stay, None)
+
+    return Sampler(sampler.init, step)
+
+
+# --- What is sampled from --------------------------------------------------------------------------------------------
+
+
+class Problem(NamedTuple):
+    """A process and a denoiser, the samples that are drawn and how they are measured."""
+
+    process: Process
+    denoiser: Callable[[Any], Callable]  # params -> denoiser
+    params: Any
+    shape: tuple[int, ...]
+    labels: np.ndarray | None
+    num: int
+    batch: int
+    followed: int  # the first samples, compared with the probability flow
+    budgets: tuple[int, ...]
+    measure: Callable[[np.ndarray], dict[str, float]]
+    real: dict[str, float]  # what `measure` says of as many true samples
+
+
+def make_drawer(config: Config, problem: Problem, method: Method, longest: int, devices: Any) -> Callable:
+    """(number of steps, number of samples) -> samples [num, ...]: the same noise for every method and budget."""
+
+    @jax.jit
+    def chunk(params, part, grid, steps):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), part["id"])
+        x = start(problem.process, keys, (len(part["id"]), *problem.shape), grid[0])
+        sampler = method.make(problem.process, problem.denoiser(params), steps, config)
+        return sample(still_at_the_end(sampler), keys, x, grid, part.get("label"))
+
+    def draw(steps: int, num: int) -> np.ndarray:
+        grid = np.pad(make_grid(config, problem.process, steps), (0, longest - steps))
+        size = max(1, min(problem.batch, num) // devices.size) * devices.size
+        made = []
+        for first in range(0, num, size):
+            part = {"id": np.arange(first, first + size)}
+            if problem.labels is not None:
+                part["label"] = np.resize(problem.labels[first:], size)
+            made.append(mesh.fetch(chunk(problem.params, mesh.put_global(devices, part), grid, np.float32(steps))))
+        return np.concatenate(made)[:num]
+
+    return draw
+
+
+def sliced_wasserstein(x: np.ndarray, y: np.ndarray) -> float:
+    """The mean over directions of the 1-Wasserstein distance of two clouds [N, D], projected (Rabin et al., 2012)."""
+    angle = np.pi * (np.arange(PROJECTIONS) + 0.5) / PROJECTIONS
+    directions = np.stack([np.cos(angle), np.sin(angle)])
+    return float(np.abs(np.sort(x @ directions, axis=0) - np.sort(y @ directions, axis=0)).mean())
+
+
+def mixture_problem(config: Config) -> Problem:
+    """25 Gaussians on a square under the cosine process; its denoiser is exact."""
+    p = process.cosine()
+    exact = mixtures.mixture(np.ones(25), toy.grid_means(), np.full(25, toy.GRID_STD**2))
+    one, other = (np.asarray(mixtures.draw(exact, jax.random.key(i), config.points)) for i in (1, 2))
+    return Problem(
+        p, lambda _: mixtures.denoiser(exact, p), (), (2,), None, config.points, config.points, config.points // 4,
+        config.budgets, lambda x: {"wasserstein": sliced_wasserstein(x, one)},
+        {"wasserstein": sliced_wasserstein(other, one)},
+    )  # fmt: skip
+
+
+def image_session(config: Config, run: config_lib.Run) -> Session:
+    """The session of `config.model`, with this experiment's scores, or of a model of our own in a folder beside."""
+    if not config.model:
+        return images.open_session(config.image, run._replace(workdir=run.workdir / "model"))
+    workdir = pathlib.Path(config.model)
+    saved = config_tree.read(workdir)
+    if saved is None:
+        raise UserError(f"model={config.model}: holds no run; name the workdir of a trained model")
+    trained = config_lib.from_dict(ImageConfig(), saved["config"])
+    trained.eval, trained.sample.batch = config.image.eval, config.image.sample.batch
+    return images.open_session(trained, run._replace(workdir=workdir))
+
+
+def image_problem(config: Config, session: Session) -> Problem:
+    """The model's images, by class where it can; not guided and not clipped: the flow is the network's own."""
+    held_out = scores.held_out_source(session)
+    judge = scores.make_judge(session, held_out) if held_out is not None else None
+    if held_out is None or judge is None:
+        raise UserError(
+            "samples are measured by a judge beside held-out images: set --config.image.eval and its weights"
+        )
+    model, num = session.model, min(session.config.eval.samples, held_out.length)
+    reference = frechet.moments(judge.features, [scores.spread(session.source, session.source.length)[0]])
+    labels = None if model.num_classes is None else np.resize(np.arange(model.num_classes, dtype=np.int32), num)
+
+    def measure(x, labels=labels):
+        if not np.isfinite(x).all():
+            return {"frechet": float("inf"), "recognised": 0.0}
+        verdict = {} if labels is None else {"recognised": judges.agreement(judge, x, labels)}
+        return {"frechet": frechet.frechet_distance(frechet.moments(judge.features, [x]), reference), **verdict}
+
+    def denoiser(params):
+        denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
+        return (lambda x, t, cond: denoise(x, t, cond)[0]) if model.diffusion.learned else denoise
+
+    params = (images.restored_state(session) if config.model else images.train(session)).ema
+    return Problem(
+        model.diffusion.process, denoiser, params, model.shape, labels, num, session.config.sample.batch,
+        min(FOLLOWED, num), config.image_budgets, measure, measure(*scores.spread(held_out, num)),
+    )  # fmt: skip
+
+
+# --- The measurement -------------------------------------------------------------------------------------------------
+
+
+def measure(
+    config: Config, problem: Problem, method: Method, ends: np.ndarray, devices: Any
+) -> tuple[list[dict], np.ndarray]:
+    """A row of scores for each budget, and the first samples of each."""
+    draw = make_drawer(config, problem, method, method.steps(max(problem.budgets)), devices)
+    rows, first = [], []
+    for budget in problem.budgets:
+        steps = method.steps(budget)
+        x = draw(steps, problem.num)
+        row = {"budget": budget, "steps": steps, "calls": method.calls * (steps - 1) + 1, **problem.measure(x)}
+        if method.follows:
+            row["rms"] = float(np.sqrt(np.mean((x[: problem.followed] - ends) ** 2)))
+        rows.append(row)
+        first.append(x[:PICTURED])
+    return rows, np.concatenate(first)
+
+
+def measure_missing(
+    config: Config, problem: Problem, names: list[str], devices: Any, found: dict[str, list], save: Callable
+) -> None:
+    """Adds to `found` the rows of those methods that it lacks."""
+    todo = [name for name in names if name not in found]
+    if not todo:
+        return
+    truth = make_drawer(config, problem, METHODS["Heun"], config.reference_steps, devices)
+    ends = truth(config.reference_steps, problem.followed)
+    for name in tqdm(todo, desc="x".join(map(str, problem.shape)), unit="sampler", leave=False):
+        found[name], first = measure(config, problem, METHODS[name], ends, devices)
+        save(name, first)
+
+
+def main(config: Config, run: config_lib.Run) -> None:
+    # Whatever the end needs is checked before the training, not after it.
+    names = list(config.methods or METHODS)
+    for name in names:
+        denoising.choose("methods", name, METHODS)
+    if min(*config.budgets, *config.image_budgets, config.reference_steps) < 1:
+        raise UserError("budgets and reference_steps: a sample costs at least one network call")
+    make_grid(config, process.cosine(), 2)
+    scores.check(config.image.eval)
+    session = image_session(config, run)
+
+    of_images = image_problem(config, session)  # trains the model
+    path, folder = run.workdir / "results.json", run.workdir / "samples"
+    folder.mkdir(exist_ok=True)
+    settings = {**config_lib.to_dict(config), "methods": None}
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if results.get("settings") != settings:
+        results = {"settings": settings, "mixture": {}, "images": {}}
+
+    def save(name: str, first: np.ndarray) -> None:
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        if first.ndim == 4:
+            np.save(folder / f"{slug(name)}.npy", first)
+
+    for kind, problem in {"mixture": mixture_problem(config), "images": of_images}.items():
+        results[f"{kind}, real"] = problem.real
+        measure_missing(config, problem, names, session.devices, results[kind], save)
+    report(results, names, session.config.data.name, run)
+    print(f"everything lies in {run.workdir}")
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
+
+
+def report(results: dict, names: list[str], data: str, run: config_lib.Run) -> None:
+    """The plot, the picture and the tables; stdout has the tables of sample quality."""
+    plot(results, names, data, run.workdir / "quality.png")
+    budgets = [row["budget"] for row in results["images"][names[0]]]
+    strips = np.concatenate([np.load(run.workdir / "samples" / f"{slug(name)}.npy") for name in names])
+    picture = grids.image_grid(strips, PICTURED * len(budgets))
+    grids.save_png(run.workdir / "samples.png", grids.label_rows(picture, names))
+
+    of_quality = [
+        table(
+            results, names, "mixture", "wasserstein", "Mixture: sliced Wasserstein distance to exact samples", "{:.4f}"
+        ),
+        table(results, names, "images", "frechet", f"{data}: Fréchet distance on the judge's features", "{:.2f}"),
+    ]
+    others = [
+        table(results, names, "mixture", "rms", "Mixture: RMS distance to the flow's end", "{:.1e}"),
+        table(results, names, "images", "rms", f"{data}: RMS distance to the flow's end", "{:.1e}"),
+        table(results, names, "images", "recognised", f"{data}: recognised as their class", "{:.1%}"),
+    ]
+    (run.workdir / "table.md").write_text("\n".join(of_quality + others))
+    print("\n".join(of_quality))
+
+
+def table(results: dict, names: list[str], problem: str, score: str, title: str, form: str) -> str:
+    """One score of every sampler at every budget, and of true samples."""
+    rows = {name: results[problem][name] for name in names if score in results[problem][name][0]}
+    if not rows:
+        return ""
+    budgets = [row["budget"] for row in next(iter(rows.values()))]
+    real = results[f"{problem}, real"].get(score)
+    lines = [f"{title}{'' if real is None else f' (true samples: {form.format(real)})'}", ""]
+    lines += [f"| network calls, at most | {' | '.join(map(str, budgets))} |", "|---" * (len(budgets) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(form.format(row[score]) for row in rows[name])} |" for name in rows]
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict, names: list[str], data: str, path: pathlib.Path) -> None:
+    """Above the distance to the probability flow's end, below that to the data; exact denoiser left, network right."""
+    figure, axes = plots.panels(2, 2, 4.6, 3.1)
+    panels = [
+        ("mixture", "rms", "exact denoiser: 25 Gaussians in the plane", "RMS distance to the ODE's end"),
+        ("images", "rms", f"trained network: {data}", ""),
+        ("mixture", "wasserstein", "", "sliced Wasserstein to the data"),
+        ("images", "frechet", "", "Fréchet distance to the data"),
+    ]
+    for panel, (problem, score, title, ylabel) in zip(axes.flat, panels, strict=True):
+        for name in names:
+            rows, method = results[problem][name], METHODS[name]
+            if score in rows[0]:
+                style = {"linestyle": "-" if method.follows else "--", "marker": "o" if method.follows else "s"}
+                fill = method.colour if method.follows else "white"
+                calls, values = [row["calls"] for row in rows], [row[score] for row in rows]
+                panel.plot(calls, values, color=method.colour, markersize=4, markerfacecolor=fill, label=name, **style)
+        real = results[f"{problem}, real"].get(score)
+        if real is not None:
+            panel.axhline(real, color="black", linewidth=0.9, linestyle=":", label="true samples")
+        panel.set(xscale="log", yscale="log", ylabel=ylabel)
+        panel.set_title(title, loc="left", fontsize=11)
+        ticks = [row["budget"] for row in results[problem][names[0]]]
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_xticks([], minor=True)
+    for panel in axes[1]:
+        panel.set_xlabel("network calls per sample")
+    handles, labels = axes[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    plots.save(path, figure)
+
+
+PRESETS = {"digits": digits, "cifar10": cifar10}
+
+if __name__ == "__main__":
+    config_lib.run(main, PRESETS, setup=init_distributed)

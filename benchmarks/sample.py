@@ -1,44 +1,64 @@
 r"""50-step DDIM, ours against diffusers' in torch: same weights, start, time grid, batch, dtype, machine and run.
 
-  python -m benchmarks.sample --size=cifar10 --batch=2 --repeats=3          # two CPU cores, about 5 minutes
+  python -m benchmarks.sample --size=cifar10 --batch=2 --repeats=3          # two CPU cores, about 10 minutes
   python -m benchmarks.sample --size=cifar10 --batch=256 --dtype=bfloat16   # a GPU: also torch.compile
 
-Ours is one compiled scan, torch's a Python loop over `DDIMScheduler.step`.  Both are deterministic, so the
-images are compared too.  The sampler's own overhead is the time of the scan over 50 times that of one
-compiled network call.  Needs the [oracles] extra.
+Ours is one compiled scan, torch's a Python loop over `DDIMScheduler.step`.  Both are deterministic, so the images are
+compared too.  The sampler's own overhead is the time of the scan over that of as many compiled network calls; it is
+also measured for UniPC-3, which computes most of all samplers, and guidance's is that of two calls a step.  How long
+a scan of 10 and of 1000 steps takes to compile is printed at the end.  Needs the [oracles] extra.
 """
+
+import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from diffrl.diffusion import prediction, process, samplers, sampling, times
+from diffrl.diffusion import guidance, prediction, process, samplers, sampling, times, unipc
 
 T = 1000
 
 
-def our_sampler(pair, noise, steps):
-    """(sample() -> x, network() -> eps, FLOP of a sample): both block; params are arguments, not constants."""
+def our_programs(pair, noise, steps):
+    """({name: program}, compile(steps) -> seconds, FLOP of a sample): programs block; params are their arguments."""
     table = process.tabulated(process.alpha_bars(process.linear_betas(T)))
-    grid = times.table_grid(T, steps)
+    x, t, cond = jnp.asarray(noise), jnp.full(len(noise), 0.5), jnp.zeros(len(noise))
 
-    def model(params, x, t):
-        return pair.ours.apply({"params": params}, x, t * T - 1)
+    def model(params, x, t, cond):
+        # The condition, which is 0, enters as a label does: through the embedding of the time.
+        return pair.ours.apply({"params": params}, x, t * T - 1 + cond)
 
-    @jax.jit
-    def draw(params, x):
-        denoise = prediction.from_eps(table, lambda x, t, cond: model(params, x, t))
-        return sampling.sample(samplers.ddim(table, denoise), jax.random.key(0), x, grid)
+    def draw(make, guided, grid, params, x):
+        denoise = prediction.from_eps(table, partial(model, params))
+        if guided:
+            denoise = guidance.classifier_free(denoise, 1.5, 0.0)
+        return sampling.sample(make(table, denoise), jax.random.key(0), x, grid, cond)
 
-    network = jax.jit(model)
-    x, t = jnp.asarray(noise), jnp.full(len(noise), 0.5)
-    flops = steps * common.flops(network.lower(pair.params, x, t))
-    return (
-        lambda: draw(pair.params, x).block_until_ready(),
-        lambda: network(pair.params, x, t).block_until_ready(),
-        flops,
-    )
+    def compile_seconds(steps):
+        lowered = jax.jit(partial(draw, samplers.ddim, False)).lower(times.table_grid(T, steps), pair.params, x)
+        start = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start
+
+    network, grid = jax.jit(model), times.table_grid(T, steps)
+    scans = {
+        "diffrl": jax.jit(partial(draw, samplers.ddim, False)),
+        "diffrl, UniPC-3": jax.jit(partial(draw, partial(unipc.unipc, order=3), False)),
+        "diffrl, guided": jax.jit(partial(draw, samplers.ddim, True)),
+    }
+
+    def blocking(scan):
+        return lambda: scan(grid, pair.params, x).block_until_ready()
+
+    def calls():
+        for _ in range(steps):
+            network(pair.params, x, t, cond).block_until_ready()
+
+    programs = {**{name: blocking(scan) for name, scan in scans.items()}, "network calls alone": calls}
+    return programs, compile_seconds, steps * common.flops(network.lower(pair.params, x, t, cond))
 
 
 def torch_sampler(pair, noise, steps, dtype, compiled):
@@ -72,13 +92,9 @@ def main():
     args = flags.parse_args()
     pair = common.make_pair(args.size, args.dtype)
     noise = jax.device_get(jax.random.normal(jax.random.key(1), (args.batch, *pair.shape)))
-    ours, network, flops = our_sampler(pair, noise, args.steps)
-    eager = torch_sampler(pair, noise, args.steps, args.dtype, False)
-    programs = {
-        "diffrl": ours,
-        "network calls alone": lambda: [network() for _ in range(args.steps)],
-        "torch eager": eager,
-    }
+    programs, compile_seconds, flops = our_programs(pair, noise, args.steps)
+    ours = programs["diffrl"]
+    programs["torch eager"] = eager = torch_sampler(pair, noise, args.steps, args.dtype, False)
     if args.compile or (args.compile is None and jax.default_backend() == "gpu"):
         programs["torch.compile"] = torch_sampler(pair, noise, args.steps, args.dtype, True)
     seconds = common.compare(
@@ -94,8 +110,12 @@ def main():
     theirs = eager().float().permute(0, 2, 3, 1).cpu().numpy()
     difference = np.abs(np.asarray(ours()) - theirs).max() / np.abs(theirs).max()
     print(f"largest difference between the images: {difference:.1e} of the largest value")
-    ratio = seconds["diffrl"].median / seconds["network calls alone"].median
-    print(f"our sampler takes {ratio:.3f} of the time of {args.steps} separate network calls")
+    calls = seconds["network calls alone"].median
+    for name, allowed in {"diffrl": 1.05, "diffrl, UniPC-3": 1.05, "diffrl, guided": 2.05}.items():
+        ratio = seconds[name].median / calls
+        print(f"{name}: {ratio:.3f} of the time of {args.steps} network calls (wanted: at most {allowed})")
+    few, many = compile_seconds(10), compile_seconds(T)
+    print(f"compiled in {few:.1f} s for 10 steps, in {many:.1f} s for {T}")
 
 
 if __name__ == "__main__":

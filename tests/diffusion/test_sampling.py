@@ -8,8 +8,10 @@ from diffusion_cases import PROCESSES, blobs, key
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffrl.diffusion import mixtures, times
+from diffrl.diffusion.dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from diffrl.diffusion.samplers import ancestral, ddim, heun
 from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, sample, sample_keys, start
+from diffrl.diffusion.unipc import unipc
 
 PROCESS = PROCESSES["cosine"]
 EXACT = mixtures.denoiser(blobs(), PROCESS)
@@ -149,7 +151,7 @@ def test_memory_is_carried():
     np.testing.assert_allclose(kept, 0.99 - np.asarray(GRID[:-1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [ancestral, ddim, heun])
+@pytest.mark.parametrize("make", [ancestral, ddim, heun, dpmpp_2m, dpmpp_2m_sde, unipc])
 def test_the_program_does_not_grow_with_the_number_of_steps(make):
     x = jnp.zeros((2, 3, 2))
     sizes = []

@@ -52,7 +52,7 @@ def test_ornstein_uhlenbeck(theta):
 
 def test_stationary_ornstein_uhlenbeck_is_matern():
     start = np.sqrt(1.3**2 / 1.4) * jax.random.normal(key(9), (NUM,))
-    paths = gp.ornstein_uhlenbeck(key(3), TIMES, NUM, 0.7, sigma=1.3, start=start)
+    paths = jax.jit(lambda start: gp.ornstein_uhlenbeck(key(3), TIMES, NUM, 0.7, sigma=1.3, start=start))(start)
     check_law(paths, 0.0, gp.prior(gp.matern12(1 / 0.7, 1.3 / np.sqrt(1.4)), TIMES).covariance)
 
 
@@ -95,12 +95,16 @@ def test_a_brownian_motion_tied_down_is_a_bridge():
 
 def test_draws_have_the_covariance():
     gaussian = gp.condition(gp.matern32(0.7), TIMES, TIMES[2:3], jnp.array([1.0]), noise=0.3)
-    check_law(gp.draw(gaussian, key(5), NUM), np.asarray(gaussian.mean), gaussian.covariance + 1e-5 * jnp.eye(6))
+    check_law(
+        jax.jit(gp.draw, static_argnums=2)(gaussian, key(5), NUM),
+        np.asarray(gaussian.mean),
+        gaussian.covariance + 1e-5 * jnp.eye(6),
+    )
 
 
 @pytest.mark.parametrize("kernel", [gp.rbf(0.3), gp.matern52(0.3), gp.wiener()])
 def test_fine_grids_of_smooth_kernels_stay_finite(kernel):
     """300 points; the matrix of the first has a condition number far beyond float32."""
-    paths = gp.draw(gp.prior(kernel, jnp.linspace(0.0, 1.0, 300)), key(6), 3)
+    paths = jax.jit(lambda times: gp.draw(gp.prior(kernel, times), key(6), 3))(jnp.linspace(0.0, 1.0, 300))
     assert np.isfinite(paths).all()
     assert np.abs(np.diff(paths, axis=1)).max() < 0.5

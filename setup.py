@@ -40,8 +40,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
-        "ode": ["diffrax>=0.6"],  # probability flows to a tolerance instead of in steps
-        "dev": ["diffrax>=0.6", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
+        "ode": ["diffrax>=0.7"],  # probability flows to a tolerance instead of in steps
+        "dev": ["diffrax>=0.7", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
         # Reference implementations that tests compare with; never imported by the package.
         "oracles": ["diffusers>=0.30", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*"],
     },

@@ -23,7 +23,9 @@ DROP, NETWORK = 101, 102
 class DiffusionConfig:
     """The noising process, what the network predicts, and the objective."""
 
-    process: str = leaf("cosine", "cosine, linear, sub_vp, flow, ve, or a table: ddpm (linear betas), improved (cosine betas)")
+    process: str = leaf(
+        "cosine", "cosine, linear, sub_vp, flow, ve, or a table: ddpm (linear betas), improved (cosine)"
+    )
     table_steps: int = leaf(1000, "T, the steps of a table")
     prediction: str = leaf("v", "what the network predicts: eps, x0, v, score, velocity or edm")
     times: str = leaf("uniform", "how t is drawn: uniform, discrete (a table's steps), log_normal or logit_normal")

@@ -55,7 +55,7 @@ class Config:
     """The models, the scales that are swept, and what the methods have beside a scale."""
 
     model: ImageConfig = dataclasses.field(default_factory=images.digits_config)
-    weak_channels: int = config_lib.leaf(16, "width of autoguidance's weaker network")
+    weak_channels: int = config_lib.leaf(8, "width of autoguidance's weaker network")
     weak_steps: int = config_lib.leaf(100, "and its updates")
     classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
@@ -77,8 +77,9 @@ class Config:
 def digits() -> Config:
     """8x8 digits on a CPU."""
     config = Config()
-    config.model.train = TrainConfig(steps=300, ema_decay=0.99, sample_every=0, checkpoint_every=100)
-    config.model.sample = SampleConfig(steps=20, batch=355)
+    config.model.unet.channels = 16  # small enough to sweep, and to leave guidance something to do
+    config.model.train = TrainConfig(steps=600, ema_decay=0.99, sample_every=0, checkpoint_every=200)
+    config.model.sample = SampleConfig(steps=16, batch=355)
     return config
 
 

@@ -52,7 +52,9 @@ class Config:
     restoration: RestorationConfig = dataclasses.field(default_factory=RestorationConfig)
     model: str = config_lib.leaf("", "workdir of a trained experiments.ddpm run; empty trains `base`", free=True)
     lpips_weights: str = config_lib.leaf("", ".npz of LPIPS on AlexNet; empty leaves LPIPS out", free=True)
-    count: int = config_lib.leaf(64, "held-out images", free=True)
+    tasks: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
+    methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
+    count: int = config_lib.leaf(48, "held-out images", free=True)
     columns: int = config_lib.leaf(10, "images in a picture", free=True)
     factor: int = config_lib.leaf(2, "super-resolution: how much smaller", free=True)
     blur: float = config_lib.leaf(0.8, "deblurring: standard deviation in pixels", free=True)
@@ -66,7 +68,7 @@ def digits() -> Config:
     base = images.digits_config()
     base.conditional = False
     base.train = dataclasses.replace(base.train, steps=600, sample_every=0)
-    return Config(base)
+    return Config(base, RestorationConfig(steps=40))
 
 
 def faces() -> Config:
@@ -156,7 +158,7 @@ class Task(NamedTuple):
 
 
 def tasks(config: Config, shape: tuple[int, ...]) -> list[Task]:
-    """All of them; raises UserError where the images' size does not divide."""
+    """Those that `config.tasks` names, or all; raises UserError where the images' size does not divide."""
     height, width, channels = shape
     whole = height, width, channels
     row, column = np.indices((height, width))
@@ -169,11 +171,12 @@ def tasks(config: Config, shape: tuple[int, ...]) -> list[Task]:
         "every other row hidden": row % 2 == 0,
     }
     smaller, blurred = operators.downsample(whole, config.factor), operators.blur(whole, config.blur, "reflect")
-    return [
+    every = [
         *(Task(name, lambda m: operators.mask(m, shape), mask[..., None]) for name, mask in known.items()),
         Task(f"{config.factor} times smaller", lambda _: smaller),
-        Task("blurred, noisy", lambda _: blurred, noise=config.noise),
+        Task("blurred under noise", lambda _: blurred, noise=config.noise),
     ]
+    return list(_only("tasks", config.tasks, {task.name: task for task in every}).values())
 
 
 # --- How it is undone, and how well ----------------------------------------------------------------------------------
@@ -191,11 +194,16 @@ class Bench(NamedTuple):
 
 
 def restoration_methods(config: Config, session: Session) -> dict[str, restoration.Method]:
-    """By name, on a linear grid."""
+    """Those that `config.methods` names, or all, on a linear grid."""
     diffusion = session.model.diffusion
     settings = dataclasses.replace(session.config.sample, steps=config.restoration.steps, grid="linear")
     grid = denoising.make_grid(diffusion, settings, config.base.diffusion.table_steps)
-    return restoration.methods(config.restoration, diffusion.process, grid)
+    every = restoration.methods(config.restoration, diffusion.process, grid)
+    return _only("methods", config.methods, every)
+
+
+def _only(what: str, names: tuple[str, ...], every: dict[str, Any]) -> dict[str, Any]:
+    return {name: denoising.choose(what, name, every) for name in names or every}
 
 
 def restore_all(config: Config, bench: Bench, workdir: pathlib.Path) -> list[dict]:
@@ -207,8 +215,10 @@ def restore_all(config: Config, bench: Bench, workdir: pathlib.Path) -> list[dic
         operator = task.operator(task.mask)
         y = operator.forward(jnp.asarray(bench.originals))
         y = y + task.noise * normal(fold(keys, NOISE), y)
-        rows = {"A⁺ y": np.asarray(operators.pseudo_inverse(operator, y))}
-        results.append({"task": task.name, "method": "A⁺ y", **quality(bench, task, y, rows["A⁺ y"])})
+        rows = {"pseudo-inverse": np.asarray(operators.pseudo_inverse(operator, y))}
+        results.append(
+            {"task": task.name, "method": "pseudo-inverse", **quality(bench, task, y, rows["pseudo-inverse"])}
+        )
         for name, method in restoration_methods(config, bench.session).items():
             if method.inpaints and task.mask is None:
                 continue

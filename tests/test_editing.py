@@ -1,0 +1,98 @@
+"""The editing experiment as a user runs it: train, restore, edit; again, with another's model; and its mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffrl import config as config_lib
+from experiments import ddpm, editing
+
+TRAINING = [
+    "unet.channels=8",
+    "unet.groups=4",
+    "unet.attention=()",
+    "unet.middle_attention=false",
+    "train.batch_size=16",
+    "train.steps=2",
+    "train.checkpoint_every=2",
+    "optim.warmup_steps=1",
+    "optim.schedule=constant",
+    "mesh.data=1",
+    "mesh.fsdp=8",
+]
+QUICK = [
+    *(f"--config.base.{flag}" for flag in TRAINING),
+    "--config.restoration.steps=4",
+    "--config.restoration.jump=1",
+    "--config.restoration.resample=2",
+    "--config.count=6",
+    "--config.strengths=(0.3,0.6)",
+]
+
+
+def run(workdir, *flags):
+    config_lib.run(editing.main, editing.PRESETS, argv=[f"--workdir={workdir}", *flags])
+
+
+def test_tables_pictures_and_known_pixels(tmp_path, capsys):
+    run(tmp_path, *QUICK, "--config.tasks=('middle hidden','2 times smaller')", "--config.methods=('RePaint','DDNM')")
+    assert f"everything lies in {tmp_path}" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["task"], row["method"]) for row in results["restoration"]] == [
+        ("middle hidden", "pseudo-inverse"),
+        ("middle hidden", "RePaint"),
+        ("middle hidden", "DDNM"),
+        ("2 times smaller", "pseudo-inverse"),
+        ("2 times smaller", "DDNM"),
+    ]
+    assert all(np.isfinite(row["psnr"]) for row in results["restoration"])
+    assert [row.get("calls") for row in results["restoration"][:3]] == [None, 4 + 3, 4]
+    assert results["restoration"][1]["misfit"] < 1e-6  # whatever the model, RePaint keeps the known pixels
+    assert results["sdedit"][1]["distance"] < results["sdedit"][2]["distance"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"table.md", "middle_hidden.png", "2_times_smaller.png", "sdedit.png"} <= names
+
+
+def test_with_the_model_of_another_run(tmp_path):
+    """A conditional one, asked without a label."""
+    flags = [f"--config.{flag}" for flag in TRAINING]
+    flags += ["--config.eval.judge=none", "--config.train.sample_every=0", "--config.sample.steps=2"]
+    config_lib.run(ddpm.main, ddpm.PRESETS, modes=("train",), argv=[f"--workdir={tmp_path / 'ddpm'}", *flags])
+    only = ["--config.tasks=('middle hidden',)", "--config.methods=('PiGDM',)"]
+    run(tmp_path / "editing", *QUICK, *only, f"--config.model={tmp_path / 'ddpm'}")
+    assert not (tmp_path / "editing" / "model").exists()
+    assert "PiGDM" in (tmp_path / "editing" / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.model=nowhere", "no run here"),
+        ("--config.factor=3", "cannot be made 3 times smaller"),
+        ("--config.tasks=('hidden',)", "tasks='hidden' is not known: choose one of right half hidden"),
+        ("--config.methods=('DDRM',)", "methods='DDRM' is not known"),
+        ("--config.strengths=(0.5,1.0)", "SDEdit starts at times between 0"),
+        ("--config.restoration.jump=0", "take at least 1 of each"),
+        ("--config.lpips_weights=absent.npz", "cannot be read as .npz"),
+    ],
+)
+def test_mistakes_are_one_line_before_the_training(tmp_path, capsys, flag, words):
+    with pytest.raises(SystemExit):
+        run(tmp_path, *QUICK, flag)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not (tmp_path / "model" / "checkpoints" / "2").exists()
+
+
+def test_every_tenth_is_held_out_where_there_is_no_test_split(tmp_path):
+    images = np.arange(20, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "images.npz", x=images)
+    config = editing.digits()
+    config.base.data.name, config.base.data.dir = "npz", str(tmp_path / "images.npz")
+    session, held_out = editing.open_model(config, config_lib.Run(tmp_path / "run", "train", "digits"))
+    assert session.source.length == 18
+    seen, unseen = (source.fetch(np.arange(source.length))["x"][:, 0, 0, 0] for source in (session.source, held_out))
+    assert unseen.tolist() == [9, 19]
+    assert sorted([*seen, *unseen]) == list(range(20))

@@ -85,10 +85,12 @@ def test_sample_mode_draws_what_was_asked(trained):
 
 
 def test_eval_mode_measures_bits_per_dim(trained, capsys):
-    run(trained, "--mode=eval")
+    run(trained, "--mode=eval", "--config.eval.nll_images=4", "--config.eval.nll_steps=3")
     scores = json.loads((trained / "eval.json").read_text())
     assert 2 < scores["bits_per_dim"] < 40  # finite, and worse than any trained model
-    assert "bits/dim" in capsys.readouterr().out
+    assert 2 < scores["exact_bits_per_dim"] < 40
+    assert scores["nll_images"] == 4
+    assert capsys.readouterr().out.count("bits/dim") == 2
 
 
 def test_learned_variance_on_unlabelled_images(tmp_path):
@@ -123,6 +125,7 @@ def test_learned_variance_on_unlabelled_images(tmp_path):
         (["--config.unet.multipliers=(1,2,2,2,2)"], "cannot be halved"),
         (["--config.sample.steps=0"], "sample.steps=0"),
         (["--config.eval.judge=inception"], "choose one of mlp"),
+        (["--config.eval.dequantisation=none"], "choose one of uniform"),
         (["--mode=sample"], "no run"),
     ],
 )

@@ -73,8 +73,8 @@ def probit_affine(conditioner: Callable[[Array], tuple[Array, Array]]) -> Callab
     """A noise model u = Phi(shift + exp(log_scale) eps), with Phi the normal's distribution function.
 
     conditioner: x0 -> (shift, log_scale), each broadcasting against x0: a small network, or a table.  Zeros make u
-    uniform, so that a conditioner trained from there never does worse than uniform noise; Flow++'s logistic in the
-    place of Phi has no such member.  Log q is log N(eps) - log_scale - log N(shift + exp(log_scale) eps).
+    uniform, so that training starts from uniform noise; with a logistic function in the place of Phi no member is.
+    log q is log N(eps) - log_scale - log N(shift + exp(log_scale) eps).
     """
 
     def model(x0, eps):

@@ -43,7 +43,7 @@ def sample_parallel(
     tolerance: a state is settled when a round changes no sample of it by more than this part of the batch's root mean
       square.  At 0 the samples are the sequential ones up to rounding, in at most N rounds.
     place: applied to the states [W, B, ...] before they are stepped; a caller with several devices spreads the window
-      over them here, with a sharding constraint.  (Or it spreads x over the batch, or both.)
+      over them here, with `train.mesh.spread`.  (Or it spreads x and the keys, over the batch.)
 
     Raises:
       UserError: the sampler remembers earlier steps, or there is no window.

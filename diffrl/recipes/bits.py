@@ -54,13 +54,15 @@ def exact(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
     num = min(config.eval.nll_images, held_out.length)
     if not num:
         return {}
+    if config.eval.nll_steps < 1:
+        raise UserError(f"eval.nll_steps={config.eval.nll_steps}: take at least 1")
     process = model.diffusion.process
     # A table's network has not seen noise below that of its first step.
     high = float(log_snr(process, jnp.asarray(1.0 / config.diffusion.table_steps))) if _has_table(session) else 13.3
     grid = ode_likelihood.log_snr_grid(process, config.eval.nll_steps, min(high, 13.3))
     dequantisers = {
-        "truncated_normal": dequantisation.truncated_normal(process, grid[0]),
         "uniform": dequantisation.uniform,
+        "truncated_normal": dequantisation.truncated_normal(process, grid[0]),
     }
     dequantise = denoising.choose("eval.dequantisation", config.eval.dequantisation, dequantisers)
 

@@ -76,7 +76,7 @@ class EvalConfig:
     bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True)
     nll_images: int = leaf(0, "held-out images whose exact bits/dim --mode=eval measures, by the ODE", free=True)
     nll_steps: int = leaf(50, "steps of that ODE, four network calls with derivatives each", free=True)
-    dequantisation: str = leaf("truncated_normal", "for the exact bits/dim: truncated_normal or uniform", free=True)
+    dequantisation: str = leaf("uniform", "for the exact bits/dim: uniform or truncated_normal", free=True)
 
 
 @dataclasses.dataclass

@@ -33,7 +33,7 @@ def spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
 def check(config: EvalConfig) -> None:
     """Raises UserError for a judge that will not be there when it is needed."""
     denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
-    denoising.choose("eval.dequantisation", config.dequantisation, dict.fromkeys(("truncated_normal", "uniform")))
+    denoising.choose("eval.dequantisation", config.dequantisation, dict.fromkeys(("uniform", "truncated_normal")))
     if config.judge_weights and not pathlib.Path(config.judge_weights).is_file():
         raise UserError(f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet")
 

@@ -113,6 +113,11 @@ def batch_sharding(mesh, inner=False):
     return NamedSharding(mesh, P(None, BATCH_AXES) if inner else P(BATCH_AXES))
 
 
+def spread(mesh):
+    """A function, for use under jit, that splits an array's first axis over "data" and "fsdp"."""
+    return lambda x: jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
 def put_batch(mesh, inner=False):
     """A function from this process's part of a batch (numpy) to the global arrays on the devices.
 

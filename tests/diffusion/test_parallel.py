@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from diffusion_cases import PROCESSES, blobs, key
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from diffrl.diffusion import mixtures, times
 from diffrl.diffusion.parallel import sample_parallel
 from diffrl.diffusion.samplers import ancestral, ddim, heun
 from diffrl.diffusion.sampling import Info, Sampler, State, sample, sample_keys, start
 from diffrl.errors import UserError
+from diffrl.train import mesh
 
 PROCESS = PROCESSES["cosine"]
 EXACT = mixtures.denoiser(blobs(), PROCESS)
@@ -123,13 +123,13 @@ def walk(place, keys, x, cond):
 @pytest.mark.parametrize("spread", ["samples", "window"])
 def test_eight_devices_give_the_same(spread):
     """The samples, or the window's steps, on eight devices: the same rounds, and samples to 1e-5."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = NamedSharding(mesh, PartitionSpec("data"))
+    devices = mesh.make_mesh()
+    rows = mesh.batch_sharding(devices)
     seen = []
 
     def place(states):
         if spread == "window":
-            states = jax.lax.with_sharding_constraint(states, rows)
+            states = mesh.spread(devices)(states)
         jax.debug.inspect_array_sharding(states, callback=seen.append)
         return states
 

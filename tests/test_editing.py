@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from diffrl import config as config_lib
-from experiments import ddpm, editing
+from diffrl.recipes import images
+from experiments import editing
 
 TRAINING = [
     "unet.channels=8",
+    "unet.multipliers=(1,)",
     "unet.groups=4",
     "unet.attention=()",
     "unet.middle_attention=false",
@@ -56,9 +58,12 @@ def test_tables_pictures_and_known_pixels(tmp_path, capsys):
 
 def test_with_the_model_of_another_run(tmp_path):
     """A conditional one, asked without a label."""
-    flags = [f"--config.{flag}" for flag in TRAINING]
-    flags += ["--config.eval.judge=none", "--config.train.sample_every=0", "--config.sample.steps=2"]
-    config_lib.run(ddpm.main, ddpm.PRESETS, modes=("train",), argv=[f"--workdir={tmp_path / 'ddpm'}", *flags])
+    flags = [f"--config.{flag}" for flag in [*TRAINING, "eval.judge=none", "train.sample_every=0"]]
+
+    def train(config, run):
+        images.train(images.open_session(config, run))
+
+    config_lib.run(train, {"digits": images.digits_config}, argv=[f"--workdir={tmp_path / 'ddpm'}", *flags])
     only = ["--config.tasks=('middle hidden',)", "--config.methods=('PiGDM',)"]
     run(tmp_path / "editing", *QUICK, *only, f"--config.model={tmp_path / 'ddpm'}")
     assert not (tmp_path / "editing" / "model").exists()
@@ -87,8 +92,8 @@ def test_mistakes_are_one_line_before_the_training(tmp_path, capsys, flag, words
 
 
 def test_every_tenth_is_held_out_where_there_is_no_test_split(tmp_path):
-    images = np.arange(20, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
-    np.savez(tmp_path / "images.npz", x=images)
+    pictures = np.arange(20, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2)
+    np.savez(tmp_path / "images.npz", x=pictures)
     config = editing.digits()
     config.base.data.name, config.base.data.dir = "npz", str(tmp_path / "images.npz")
     session, held_out = editing.open_model(config, config_lib.Run(tmp_path / "run", "train", "digits"))

@@ -1,11 +1,12 @@
 """Sample quality against the number of network calls, for every sampler of this library.
 
     python -m experiments.samplers                            # a mixture and 8x8 digits: three minutes of two CPU cores
-    python -m experiments.samplers --config.grid=log_snr --workdir=runs/samplers/log_snr
+    python -m experiments.samplers --config.grid=karras --workdir=runs/samplers/karras
     python -m experiments.samplers --preset=cifar10 --config.model=WORKDIR --config.image.eval.judge_weights=NPZ
 
     ancestral  Ho et al., 2020        DDIM, Euler-Maruyama  Song et al., 2021        Heun, churn  Karras et al., 2022
     DPM-Solver++, SDE-DPM-Solver++  Lu et al., 2022         UniPC  Zhao et al., 2023
+
 All walk one grid of noise levels (--config.grid).  On a mixture of Gaussians the denoiser is exact, so that what is
 left is the sampler's error: sliced Wasserstein distance to exact samples, and for solvers of the probability flow the
 distance to where it ends.  On a trained model (WORKDIR: of experiments.ddpm; without one a small model of digits is
@@ -56,7 +57,7 @@ class Config:
 
     model: str = config_lib.leaf("", "workdir of a trained image model; if empty, `image` is trained")
     image: ImageConfig = dataclasses.field(default_factory=images.digits_config)
-    grid: str = config_lib.leaf("karras", "linear, quadratic, karras or log_snr")
+    grid: str = config_lib.leaf("linear", "linear, quadratic, karras or log_snr")
     grid_budget: int = config_lib.leaf(20, "network calls for which the mixture is walked on all grids")
     sigma_min: float = config_lib.leaf(0.002, "the least sigma / alpha of karras and log_snr")
     sigma_max: float = config_lib.leaf(80.0, "and the greatest")

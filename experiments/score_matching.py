@@ -114,7 +114,7 @@ def methods(config: Config, problem: Problem) -> dict[str, Method]:
     head = prediction.score_head(process)
     sliced = score_matching.sliced()
     return {
-        "explicit (told the score)": Method(plain(score_matching.explicit(problem.exact))),
+        "explicit": Method(plain(score_matching.explicit(problem.exact))),
         "implicit, exact trace": Method(plain(score_matching.implicit)),
         "sliced": Method(plain(score_matching.sliced(variance_reduction=False))),
         "sliced, variance reduced": Method(plain(sliced)),

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from diffrl.diffusion.distillation import solve
+from diffrl.diffusion.distillation import Solver
 from diffrl.diffusion.losses import NOISE, TIME, mean_flat
 from diffrl.diffusion.prediction import Denoiser, Head, Model, denoiser
 from diffrl.diffusion.process import Process, add_noise, expand, log_snr, scales
@@ -158,16 +158,18 @@ def consistency_training(
 
 
 def consistency_distillation(
-    process: Process, head: Head, pairs: Pairs, teacher: Sampler, metric: Metric, weight: PairWeight | None = None
+    process: Process, head: Head, pairs: Pairs, teacher: Solver, metric: Metric, weight: PairWeight | None = None
 ) -> Objective:
-    """From a teacher, whose one step leads from x_t to x_s (Song et al., 2023, algorithm 2: Heun's; any will do).
+    """From a teacher, whose one step leads from x_t to x_s (Song et al., 2023, algorithm 2).
+
+    teacher: of second order, such as `distillation.midpoint_solver` (the paper's is Heun's), or of first.
 
     `target` is a model with averaged parameters.
     """
 
     def neighbour(x0, eps, xt, t, s, cond):
         del x0, eps
-        return solve(teacher, xt, t, s, cond)
+        return teacher(xt, t, s, cond)
 
     return _consistency(process, head, pairs, neighbour, metric, weight)
 

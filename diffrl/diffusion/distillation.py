@@ -1,4 +1,4 @@
-r"""Progressive distillation: half as many steps, and again (Salimans & Ho, 2022), with any teacher that is a sampler.
+r"""Progressive distillation: half as many steps, and again (Salimans & Ho, 2022); and the solvers that teachers are.
 
 A student learns the x_0 with which *one* DDIM step from t to s lands where *two* steps of its teacher do,
 
@@ -11,24 +11,46 @@ what it makes is a denoiser still: the network needs no second time, every head 
 on `times.linear_grid(N)` is the student's sampler, and its target is a closed form of the teacher's.  The price is one
 training per halving; as N may be traced, one compiled step serves them all.
 
-A teacher is a deterministic `Sampler`, built where it is used from parameters that the training state holds.
+A solver is one step along the probability flow at each sample's own times, `(x_t, t [B], s [B], cond) -> x_s`, since
+training draws them; a sampler's are scalars.  It is built where it is used, from parameters in the training state.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.typing import ArrayLike
 
 from diffrl.diffusion.losses import NOISE, TIME, Objective, Weight, mean_flat
-from diffrl.diffusion.prediction import Head, slope, to_output
+from diffrl.diffusion.prediction import Denoiser, Head, slope, to_eps, to_output
 from diffrl.diffusion.process import Process, add_noise, scales
-from diffrl.diffusion.sampling import Sampler, fold, normal
+from diffrl.diffusion.sampling import fold, normal
 
 Array = jax.Array
+Solver = Callable[[Array, Array, Array, Any], Array]
+
+
+def ddim_solver(process: Process, denoise: Denoiser) -> Solver:
+    """DDIM's step: one call, first order."""
+    return lambda x, t, s, cond: _move(process, x, denoise(x, t, cond), t, s)
+
+
+def midpoint_solver(process: Process, denoise: Denoiser) -> Solver:
+    """DDIM's step with the estimate at half time, where another such step leads: two calls, second order.
+
+    The flow is d(x / sigma) = x_0 d(alpha / sigma), and this its midpoint rule; finite where sigma(s) or alpha(t) is 0.
+    """
+
+    def solve(x, t, s, cond):
+        middle = 0.5 * (t + s)
+        halfway = _move(process, x, denoise(x, t, cond), t, middle)
+        return _move(process, x, denoise(halfway, middle, cond), t, s)
+
+    return solve
 
 
 def progressive(
-    process: Process, head: Head, teacher: Sampler, num: ArrayLike, weight: Weight | None = None, start: float = 1.0
+    process: Process, head: Head, teacher: Solver, num: ArrayLike, weight: Weight | None = None, start: float = 1.0
 ) -> Objective:
     """One student's step of `times.linear_grid(num, start)` for two of the teacher's (the paper's algorithm 2).
 
@@ -40,7 +62,7 @@ def progressive(
         n = jax.vmap(lambda key: jax.random.randint(key, (), 1, num + 1))(fold(keys, TIME))
         t, middle, s = (start * (n - back) / num for back in (0.0, 0.5, 1.0))
         xt = add_noise(process, x0, t, normal(fold(keys, NOISE), x0))
-        xs = solve(teacher, solve(teacher, xt, t, middle, cond), middle, s, cond)
+        xs = teacher(teacher(xt, t, middle, cond), middle, s, cond)
         aim = to_output(process, head, xt, t, ddim_x0(process, xt, xs, t, s))
         error = mean_flat((model(head.inputs(xt, t), t, cond) - jax.lax.stop_gradient(aim)) ** 2)
         if weight is not None:
@@ -57,12 +79,6 @@ def ddim_x0(process: Process, xt: Array, xs: Array, t: Array, s: Array) -> Array
     return (xs - ratio * xt) / (alpha_s - ratio * alpha_t)
 
 
-def solve(sampler: Sampler, x: Array, t: Array, s: Array, cond: Any = None) -> Array:
-    """One step of a deterministic `sampler` for each sample's own times, `t` [B] to `s` [B]; starts afresh."""
-    keys = jax.random.key(0)[None]  # for form: nothing is drawn
-
-    def one(x, t, s, cond):
-        x, cond = jax.tree.map(lambda a: a[None], (x, cond))
-        return sampler.step(keys, sampler.init(x), t, s, cond)[0].x[0]
-
-    return jax.vmap(one)(x, t, s, cond)
+def _move(process: Process, x: Array, x0: Array, t: Array, s: Array) -> Array:
+    """DDIM's step with the estimate `x0`."""
+    return add_noise(process, x0, s, to_eps(process, x, t, x0))

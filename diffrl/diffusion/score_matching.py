@@ -47,7 +47,7 @@ def explicit(true_score: Score) -> Objective:
 
 
 def implicit(score: Score, x: Array, keys: Array) -> Array:
-    """Hyvärinen's objective with the exact trace: one forward derivative per dimension, all at once."""
+    """Hyvärinen's objective with the exact trace: one forward derivative per dimension, one after the other."""
     del keys
     s, derivative = jax.linearize(score, x)
 
@@ -57,7 +57,7 @@ def implicit(score: Score, x: Array, keys: Array) -> Array:
 
     size = x[0].size
     basis = jnp.eye(size, dtype=x.dtype).reshape(size, *x.shape[1:])
-    return jax.vmap(diagonal)(basis).sum(axis=0) + 0.5 * _inner(s, s)
+    return jax.lax.map(diagonal, basis).sum(axis=0) + 0.5 * _inner(s, s)
 
 
 def sliced(
@@ -78,7 +78,7 @@ def sliced(
             square = _inner(s, s) if variance_reduction else _inner(v, s) ** 2
             return _inner(v, derivative(v)) + 0.5 * square
 
-        return jax.vmap(along)(jnp.arange(num)).mean(axis=0)
+        return jax.lax.map(along, jnp.arange(num)).mean(axis=0)
 
     return objective
 

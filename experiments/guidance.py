@@ -61,7 +61,7 @@ class Config:
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
     scales: tuple[float, ...] = config_lib.leaf((1.0, 1.5, 2.0, 3.0, 5.0), "1 is the plain conditional model")
     classifier_scales: tuple[float, ...] = config_lib.leaf(
-        (0.0, 1.0, 2.0, 4.0, 8.0), "of classifier and through x0: 0 is the unconditional model"
+        (0.0, 1.0, 3.0, 8.0), "of classifier and through x0: 0 is the unconditional model"
     )
     low: float = config_lib.leaf(-2.0, "interval: the least log SNR that is guided")
     high: float = config_lib.leaf(3.0, "interval: the log SNR from which on nothing is guided")
@@ -95,7 +95,7 @@ def cifar10() -> Config:
         eval=EvalConfig(judge="resnet", samples=5000),
     )
     classifier = ClassifierConfig(64, (1, 2, 2), blocks=2, groups=32, steps=8000)
-    return Config(model, weak_channels=64, weak_steps=2000, classifier=classifier, radius=20.0, sets=1)
+    return Config(model, weak_channels=64, weak_steps=2000, classifier=classifier, radius=20.0)
 
 
 # --- The methods -----------------------------------------------------------------------------------------------------

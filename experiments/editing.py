@@ -59,6 +59,7 @@ class Config:
     factor: int = config_lib.leaf(2, "super-resolution: how much smaller", free=True)
     blur: float = config_lib.leaf(0.8, "deblurring: standard deviation in pixels", free=True)
     noise: float = config_lib.leaf(0.05, "deblurring: standard deviation of the noise on the blurred image", free=True)
+    collages: int = config_lib.leaf(355, "held-out images that SDEdit's collages are made of", free=True)
     strengths: tuple[float, ...] = config_lib.leaf((0.2, 0.4, 0.6, 0.8), "SDEdit's start times", free=True)
     seed: int = config_lib.leaf(0, "of masks and samples", free=True)
 
@@ -101,10 +102,13 @@ def main(config: Config, run: config_lib.Run) -> None:
             return lpips.measure(apply, weights, a, b)
 
     params = (images.restored_state if config.model else images.train)(session).ema
-    batch = held_out.fetch(np.linspace(0, held_out.length - 1, min(config.count, held_out.length)).astype(int))
     judge = scores.make_judge(session, held_out)
-    bench = Bench(session, params, to_unit(batch["x"]), batch.get("label"), judge, perceptual)
-    results = {"restoration": restore_all(config, bench, run.workdir), "sdedit": edit_all(config, bench, run.workdir)}
+    bench = Bench(session, params, *_spread(held_out, config.count), judge, perceptual)
+    collages = bench._replace(originals=_spread(held_out, config.collages)[0])
+    results = {
+        "restoration": restore_all(config, bench, run.workdir),
+        "sdedit": edit_all(config, collages, run.workdir),
+    }
     (run.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = table(bench, **results)
     (run.workdir / "table.md").write_text(text)
@@ -134,6 +138,12 @@ def _subset(source: Source, chosen: np.ndarray) -> Source:
     return source._replace(length=len(rows), fetch=lambda indices: source.fetch(rows[indices]))
 
 
+def _spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """At most `num` images in [-1, 1], spread over the set, and their labels."""
+    batch = source.fetch(np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
+    return to_unit(batch["x"]), batch.get("label")
+
+
 def check(config: Config, session: Session) -> None:
     """Raises UserError for what could not be done with the trained model."""
     scores.check(session.config.eval)
@@ -141,8 +151,8 @@ def check(config: Config, session: Session) -> None:
     restoration_methods(config, session)
     if not all(0.0 < t < 1.0 for t in config.strengths):
         raise UserError(f"strengths={config.strengths}: SDEdit starts at times between 0 (data) and 1 (noise)")
-    if config.count < 2:
-        raise UserError(f"count={config.count}: take at least 2 images")
+    if min(config.count, config.collages) < 2:
+        raise UserError(f"count={config.count}, collages={config.collages}: take at least 2 images of each")
 
 
 # --- What is done to the images --------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_quality_is_measured_once_and_a_trained_model_is_taken(tmp_path, capsys)
 
 
 def test_steps_never_cost_more_than_the_budget():
-    heun, ddim = samplers.methods()["Heun"], samplers.methods()["DDIM = Euler"]
+    heun, ddim = samplers.methods()["Heun (EDM)"], samplers.methods()["DDIM = Euler"]
     assert [heun.steps(budget) for budget in (1, 2, 3, 4, 35)] == [1, 1, 2, 2, 18]  # 2 N - 1 calls
     assert ddim.steps(7) == 7
 

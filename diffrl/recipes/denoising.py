@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from diffrl.config import leaf
-from diffrl.diffusion import guidance, losses, prediction, process, samplers, times
+from diffrl.diffusion import dpm_solver, guidance, losses, prediction, process, samplers, times, unipc
 from diffrl.diffusion.sampling import Sampler, fold, sample, start
 from diffrl.errors import UserError
 from diffrl.train.state import Aux
@@ -39,9 +39,9 @@ class DiffusionConfig:
 class SampleConfig:
     """How samples are drawn; may differ from one use of a model to the next."""
 
-    sampler: str = leaf("ddim", "ancestral, ddim, euler or heun", free=True)
+    sampler: str = leaf("ddim", "ancestral, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde or unipc", free=True)
     steps: int = leaf(50, "steps of the sampler", free=True)
-    grid: str = leaf("linear", "linear, table (a table's own steps) or karras", free=True)
+    grid: str = leaf("linear", "linear, table (a table's own steps), karras or log_snr", free=True)
     eta: float = leaf(0.0, "ddim: 0 is deterministic, 1 has the posterior's variance", free=True)
     variance: float = leaf(0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True)
     guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
@@ -178,7 +178,11 @@ def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, 
         "ancestral": lambda: samplers.ancestral(diffusion.process, denoise, config.variance, diffusion.learned),
         "ddim": lambda: samplers.ddim(diffusion.process, mean, config.eta),
         "euler": lambda: samplers.euler(diffusion.process, mean),
-        "heun": lambda: samplers.heun(diffusion.process, mean),
+        # EDM's variable wants EDM's grid; even steps in t are far too long in it at the noisy end.
+        "heun": lambda: samplers.heun(diffusion.process, mean, flow=config.grid != "karras"),
+        "dpmpp_2m": lambda: dpm_solver.dpmpp_2m(diffusion.process, mean),
+        "dpmpp_2m_sde": lambda: dpm_solver.dpmpp_2m_sde(diffusion.process, mean),
+        "unipc": lambda: unipc.unipc(diffusion.process, mean),
     }
     return choose("sample.sampler", config.sampler, options)()
 
@@ -197,6 +201,7 @@ def make_grid(diffusion: Diffusion, config: SampleConfig, table_steps: int) -> A
         "linear": lambda: times.linear_grid(config.steps, first),
         "table": lambda: times.table_grid(table_steps, config.steps),
         "karras": lambda: times.karras_grid(diffusion.process, config.steps),
+        "log_snr": lambda: times.log_snr_grid(diffusion.process, config.steps),
     }
     return choose("sample.grid", config.grid, grids)()
 

@@ -1,6 +1,6 @@
 """Editing with a diffusion prior: in-painting, super-resolution, deblurring, SDEdit; one unconditional model for all.
 
-    python -m experiments.editing                                # digits: three minutes on two CPU cores
+    python -m experiments.editing                                # digits: four minutes on two CPU cores
     python -m experiments.editing --config.model=WORKDIR         # with the model of an experiments.ddpm run
     python -m experiments.editing --preset=faces --config.base.data.dir=olivetti_64x64.npz \\
         --config.lpips_weights=lpips_alexnet.npz                 # 64x64 faces, on a GPU
@@ -10,7 +10,9 @@ Held-out images lose pixels in four ways, are made smaller, or blurred under noi
 et al., 2023).  SDEdit (Meng et al., 2022) makes images of crude collages, from several start times.
 
 Ends with table.md and results.json (PSNR where nothing was known, misfit |A x - y|, the share of restored images that a
-classifier of real ones still recognises, LPIPS, network calls and time) and with one picture a task.
+classifier of real ones still recognises, LPIPS, network calls and time) and with one picture a task.  On digits PiGDM is
+the best or within the error of it, RePaint beats replacement at several times its calls, and SDEdit's collages come nearer
+to real images and go farther from themselves as the start time rises.
 """
 
 import dataclasses

@@ -9,10 +9,10 @@ Held-out images lose pixels in four ways, are made smaller, or blurred under noi
 (Song et al., 2021), RePaint (Lugmayr et al., 2022), DDNM (Wang et al., 2023), PiGDM (Song et al., 2023) and DPS (Chung
 et al., 2023).  SDEdit (Meng et al., 2022) makes images of crude collages, from several start times.
 
-Ends with table.md and results.json (PSNR where nothing was known, misfit |A x - y|, the share of restored images that a
-classifier of real ones still recognises, LPIPS, network calls and time) and with one picture a task.  On digits PiGDM is
-the best or within the error of it, RePaint beats replacement at several times its calls, and SDEdit's collages come nearer
-to real images and go farther from themselves as the start time rises.
+Ends with table.md and results.json (PSNR where nothing was known, misfit |A x - y|, the share of restored images that
+a classifier of real ones still recognises, LPIPS, network calls and time) and with one picture a task.  On digits PiGDM
+is the best or within the error of it, RePaint beats replacement at several times its calls, and SDEdit's collages come
+nearer to real images, and farther from themselves, as the start time rises.
 """
 
 import dataclasses

@@ -4,13 +4,15 @@ distillation (Salimans & Ho, 2022), against their teacher's DDIM at the same num
     python -m experiments.distillation                       # a checkerboard, about three minutes of two CPU cores
     python -m experiments.distillation --preset=digits       # 8x8 digits by class, about 15 minutes
 
-One network (v-prediction, cosine process) learns to denoise and is the teacher.  It is then the start of a consistency
-model that takes the teacher's midpoint steps for its pairs, of one that takes none (its pairs share their noise; N grows
-by the curriculum), and of students of 16, 8, 4, 2 and 1 steps, each distilled from the one before.
+One network (v-prediction, cosine process) learns to denoise and is the teacher.  From it start a consistency model that
+takes the teacher's midpoint steps for its pairs, one that takes none (its pairs share their noise; N grows by the
+curriculum), and students of 16, 8, 4, 2 and 1 steps, each distilled from the one before.
 
-The score is the sliced Wasserstein distance of samples to as many held-out points, beside that of training points; of
-digits also the share that a classifier reads as their class.  Expected: the teacher needs ten calls or more to come
-near the data, the students one to four.
+The scores are the sliced Wasserstein distance of samples to as many held-out points, and their precision: the share
+that lies as close to a held-out point as its third neighbour does.  Expected on the checkerboard: the teacher's DDIM at
+1, 4 and 32 calls has a distance of 0.47, 0.13 and 0.018; in one call consistency distillation 0.010 and progressive
+distillation what its teacher needs 32 for; training data 0.009.  Consistency training is the slowest to learn: after
+these few steps it knows the square (0.03), but not the board.
 
 Ends with a table (table.md, results.json), a plot of distance against network calls (quality.png) and the samples
 (samples.png).  A second run of the same command goes on where the first stopped.
@@ -34,7 +36,7 @@ from diffrl.data.source import Source
 from diffrl.diffusion import consistency, distillation, prediction, samplers, times
 from diffrl.diffusion.sampling import sample, start
 from diffrl.errors import UserError
-from diffrl.evaluate import grids, judges, plots
+from diffrl.evaluate import grids, plots, precision_recall
 from diffrl.nets.mlp import MLP
 from diffrl.recipes import denoising, images
 from diffrl.recipes.denoising import DiffusionConfig
@@ -260,48 +262,38 @@ def sliced_wasserstein(a: np.ndarray, b: np.ndarray, directions: int = 256) -> f
 
 
 def evaluate(problem: Problem, methods: dict[str, dict[int, Callable]]) -> tuple[list[dict], dict[str, np.ndarray]]:
-    """A row for each method and number of network calls, beside one for training data; and the samples."""
+    """A row for each method and number of network calls, after one for training data; and the samples by name."""
     held_out = make_source(problem.config.data, "test")
     num = min(problem.config.samples, held_out.length, problem.source.length)
-    real = held_out.fetch(np.arange(num))
-    real["x"], train = to_unit(real["x"]), problem.source.fetch(np.arange(problem.source.length))
-    train["x"] = to_unit(train["x"])
-    labels = real["label"] if problem.model.num_classes else None
-    judge = (
-        judges.fit_mlp("digits", train["x"], train["label"], real["x"], real["label"]) if labels is not None else None
-    )
+    real, data = (source.fetch(np.arange(num)) for source in (held_out, problem.source))
+    points = to_unit(real["x"]).reshape(num, -1)
+    radius = precision_recall.radii(points, k=3)
 
-    def row(name: str, calls: int, x: np.ndarray, labels: np.ndarray | None) -> dict:
-        scores = {"method": name, "calls": calls, "distance": sliced_wasserstein(x, real["x"])}
-        return scores | ({"recognised": judges.agreement(judge, x, labels)} if judge is not None else {})
+    def row(name: str, calls: int, x: np.ndarray) -> dict:
+        x = x.reshape(num, -1)
+        precision = precision_recall.covered(x, points, radius)
+        return {"method": name, "calls": calls, "distance": sliced_wasserstein(x, points), "precision": precision}
 
     keys = jax.random.split(jax.random.key(problem.config.seed + 1), num)
-    few = {"data": train["x"][:num]}
-    rows = [row("data", 0, train["x"][:num], train["label"][:num] if labels is not None else None)]
+    samples = {"data": to_unit(data["x"])}
+    rows = [row("data", 0, samples["data"])]
     for name, walks in methods.items():
         for calls, walk in walks.items():
-            x = np.asarray(walk(keys, labels))
-            rows.append(row(name, calls, x, labels))
-            few[f"{name}, {calls}"] = x
-    return rows, few
+            x = samples[f"{name}, {calls}"] = np.asarray(walk(keys, label_of(problem.model, real)))
+            rows.append(row(name, calls, x))
+    return rows, samples
 
 
 def table(rows: list[dict], num: int) -> str:
     """Markdown: methods down, network calls across."""
     calls = sorted({row["calls"] for row in rows} - {0})
-    found = {(row["method"], row["calls"]): row for row in rows}
-
-    def cell(row: dict | None) -> str:
-        if row is None:
-            return ""
-        return f"{row['distance']:.4f}" + (f" ({row['recognised']:.0%})" if "recognised" in row else "")
-
+    cells = {(row["method"], row["calls"]): f"{row['distance']:.4f} ({row['precision']:.0%})" for row in rows}
     lines = [f"| network calls | {' | '.join(map(str, calls))} |", "|---" * (len(calls) + 1) + "|"]
     for name in dict.fromkeys(row["method"] for row in rows[1:]):
-        lines.append(f"| {name} | {' | '.join(cell(found.get((name, n))) for n in calls)} |")
-    about = " (and share that is recognised)" if "recognised" in rows[0] else ""
+        lines.append(f"| {name} | {' | '.join(cells.get((name, n), '') for n in calls)} |")
     return "\n".join(lines) + (
-        f"\n\nSliced Wasserstein distance{about} of {num} samples to held-out data; training data: {cell(rows[0])}.\n"
+        f"\n\nSliced Wasserstein distance (and precision) of {num} samples to held-out data; training data: "
+        f"{cells['data', 0]}.\n"
     )
 
 

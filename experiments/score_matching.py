@@ -7,10 +7,10 @@ The same perceptron learns grad log p of a mixture of Gaussians in the plane, wh
 with the same number of steps on the same number of fresh samples.  Its error is the Fisher divergence to the exact
 score, E_p ||s - grad log p||^2, on a grid weighted by p and relative to E_p ||grad log p||^2: 0 is exact, 1 is s = 0.
 
-Expected: explicit matching, which is told the score, is the bound at 0.0001.  Implicit matching reaches 0.005, sliced 0.011
-and 0.009 with reduced variance.  Denoising at one level is cheap and learns the score of the *blurred* data as well as
-implicit matching learns that of the data; as an estimate of the latter it trades bias (0.13 at sigma = 0.1) for variance
-(0.06 at 0.02).  The same network for all levels at once pays for it with accuracy at each.
+Expected: explicit matching, which is told the score, is the bound at 0.0001.  Implicit matching reaches 0.005, sliced
+0.011, and 0.009 with reduced variance.  Denoising at one level is cheap and learns the score of the *blurred* data as
+well as implicit matching learns that of the data; as an estimate of the latter it trades bias (0.13 at sigma = 0.1)
+for variance (0.06 at 0.02).  The same network for all levels at once pays for it with accuracy at each.
 
 Ends with a table (table.md, results.json) and a picture of the fields (fields.png).  A second run of the same command
 goes on where the first stopped.

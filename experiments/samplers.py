@@ -4,17 +4,17 @@
     python -m experiments.samplers --config.grid=karras --workdir=runs/samplers/karras
     python -m experiments.samplers --preset=cifar10 --config.model=WORKDIR --config.image.eval.judge_weights=NPZ
 
-    ancestral  Ho et al., 2020        DDIM, Euler-Maruyama  Song et al., 2021        Heun, churn  Karras et al., 2022
-    DPM-Solver++, SDE-DPM-Solver++  Lu et al., 2022         UniPC  Zhao et al., 2023
+Ancestral (Ho et al., 2020), DDIM and Euler-Maruyama (both Song et al., 2021), Heun and churn (Karras et al., 2022),
+DPM-Solver++ and its SDE (Lu et al., 2022) and UniPC (Zhao et al., 2023) walk one grid of noise levels (--config.grid).
+On a mixture of Gaussians the denoiser is exact, so that what is left is the sampler's error: sliced Wasserstein
+distance to exact samples, and for solvers of the probability flow the distance to where it ends.  On a trained model
+(WORKDIR: of experiments.ddpm; without one a small model of digits is trained in the workdir) a judge's Fréchet distance
+and verdicts stand beside those of held-out real images.
 
-All walk one grid of noise levels (--config.grid).  On a mixture of Gaussians the denoiser is exact, so that what is
-left is the sampler's error: sliced Wasserstein distance to exact samples, and for solvers of the probability flow the
-distance to where it ends.  On a trained model (WORKDIR: of experiments.ddpm; without one a small model of digits is
-trained in the workdir) a judge's Fréchet distance and verdicts stand beside those of held-out real images.
-
-Expect DPM-Solver++(2M) and UniPC to need a half to a third of DDIM's calls.  Heun keeps up in rectified flow's variable
-and diverges below 20 calls in EDM's, which wants Karras's grid.  Noise costs calls where the denoiser is exact, and
-mends some of the network's errors where it is not: there SDE-DPM-Solver++ and churn come closest to the data.
+Expect DPM-Solver++(2M) and UniPC to need a half to a third of DDIM's calls.  Heun, at two calls a step, is level with
+DDIM in rectified flow's variable, and diverges below 20 calls in EDM's, which wants Karras's grid.  Noise costs calls
+where the denoiser is exact, and mends some of the network's errors where it is not: there SDE-DPM-Solver++ and churn
+come closest to the data.
 
 Ends with quality.png, samples.png (a row for each sampler, its budgets from left to right), table.md (on
 the mixture also of the other grids) and results.json; a second run of the same command measures only what is missing.

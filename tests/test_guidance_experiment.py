@@ -45,10 +45,10 @@ def test_a_sweep_and_its_resume(tmp_path, capsys):
     rows = first["methods"]
     assert [row["scale"] for row in rows["interval"]] == [1.0, 3.0]
     assert [row["scale"] for row in rows["through x0"]] == [0.0, 2.0]
-    # Without guidance two ways to the same images: the unconditional model, and the conditional one.
-    for a, b in (("interval", "APG"), ("interval", "autoguidance"), ("classifier", "through x0")):
-        assert rows[a][0]["contrast"] == pytest.approx(rows[b][0]["contrast"], rel=1e-4)
-        assert rows[a][1]["contrast"] != pytest.approx(rows[b][1]["contrast"], rel=1e-6)
+    # Every method starts at the plain conditional model, and goes a way of its own.
+    first_contrast, last_contrast = ([points[i]["contrast"] for points in rows.values()] for i in (0, 1))
+    np.testing.assert_allclose(first_contrast, first_contrast[0], rtol=1e-4)
+    assert len({f"{value:.6f}" for value in last_contrast}) == len(rows)
     assert first["real"]["recognised"] > 0.9
     assert (tmp_path / "samples" / "through_x0.png").exists()
     shutil.rmtree(tmp_path / "samples")

@@ -16,7 +16,8 @@ spread within a class and the contrast (standard deviation of all pixels).  All 
 which the classifier guides too (ADM's best setting): what they show is where each goes from there.
 
 On digits, guidance brings precision from 0.93 to 0.98; that costs classifier-free guidance a fifth of the recall,
-0.84 to 0.66, the interval and autoguidance about half of that.  A third of the time goes into the likelihoods' gradients.
+0.84 to 0.66, the interval and autoguidance about half of that.  A third of the time goes into the likelihoods'
+gradients.
 
 Ends with tradeoff.png, samples/METHOD.png (one row per scale, the same noise in all), table.md and results.json.  A
 second run of the same command takes up the training, or the method, it was at.

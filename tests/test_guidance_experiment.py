@@ -38,6 +38,7 @@ def run(workdir, *flags):
     config_lib.run(guidance.main, guidance.PRESETS, argv=[f"--workdir={workdir}", *TINY, *flags])
 
 
+@pytest.mark.slow
 def test_a_sweep_and_its_resume(tmp_path, capsys):
     methods = "--config.methods=('interval','APG','autoguidance','classifier','through x0')"
     run(tmp_path, methods)
@@ -65,7 +66,7 @@ def test_a_sweep_and_its_resume(tmp_path, capsys):
     [
         ("--config.methods=('magic',)", "choose one of classifier-free"),
         ("--config.model.eval.judge=none", "measured by a judge"),
-        ("--noconfig.model.conditional", "needs labels"),
+        ("--noconfig.model.conditional", "needs its labels"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, words):

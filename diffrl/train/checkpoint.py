@@ -16,6 +16,7 @@ import logging
 import pathlib
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ class Checkpoints:
     def _failed(self, path, error):
         """The one line for a save that the disk refused (a ValueError, if Tensorstore says so); frees what it took."""
         if jax.process_index() == 0:
-            shutil.rmtree(path, ignore_errors=True)
+            _clear(path)
         reason = str(error).splitlines()[0].split(": ")[-1].split(" [os_error")[0]
         kept = ", ".join(map(str, self.steps())) or "none yet"
         return UserError(
@@ -188,6 +189,15 @@ class Checkpoints:
         arrays = self._orbax.restore(path / "state", args=restore)
         leaves = [arrays[name] for name in _named(plain)]
         return jax.tree.map(_wrap, like, jax.tree.unflatten(jax.tree.structure(like), leaves))
+
+
+def _clear(path, patience=5.0):
+    """Deletes what a failed save wrote.  Orbax raises at the first error; its other writes go on for a moment."""
+    deadline, quiet = time.monotonic() + patience, 0
+    while quiet < 3 and time.monotonic() < deadline:
+        quiet = 0 if path.exists() else quiet + 1
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def _say(line):

@@ -61,7 +61,8 @@ case $devices in
     settings+=(JAX_PLATFORMS=cpu "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$count")
     ;;
   gpu | gpu:*)
-    # The CPU stays reachable behind the GPUs; without a GPU this fails instead of falling back to it.
+    # The CPU stays reachable behind the GPUs (callbacks need it); jax would also fall back to it, but the program
+    # insists on the first of these (diffrl.train.mesh.init_distributed).
     settings+=("JAX_PLATFORMS=cuda,cpu" "XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}")
     if [[ $devices == gpu:* ]]; then
       chosen=${devices#gpu:}

@@ -6,6 +6,7 @@ import pathlib
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -137,6 +138,31 @@ def test_a_mistake_is_one_line_and_runs_nothing(house, script, argv, env, says):
     assert says in done.stderr
     assert done.stderr.count("\n") == 1
     assert recorded(house, "python") + recorded(house, "gcloud") == []
+
+
+@pytest.mark.parametrize(
+    ("devices", "env", "says"),
+    [
+        ("gpu", {}, 'no cuda device for JAX_PLATFORMS=cuda,cpu: pip install -e ".[cuda]" on a host that has one'),
+        ("cpu", {"JAX_COORDINATOR_ADDRESS": "host:1"}, "cannot join the other processes (Number of processes must"),
+    ],
+)
+def test_devices_that_are_not_there_are_one_line(tmp_path, devices, env, says):
+    """The real script, experiment and jax; no GPU is visible to them."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "DIFFRL_"))}
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "local.sh"), f"--devices={devices}", "ddpm", f"--workdir={tmp_path / 'run'}"],
+        env={**inherited, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    *_, line = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith("error: ")
+    assert says in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 TPU = ["compute", "tpus", "tpu-vm"]

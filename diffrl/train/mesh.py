@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from diffrl.config_leaf import leaf
 from diffrl.errors import UserError
 from diffrl.train.state import batch_keys
 from diffrl.train.step import batch_size
@@ -25,10 +26,6 @@ from diffrl.train.step import batch_size
 BATCH_AXES = ("data", "fsdp")
 # Below this many elements, gathering a leaf costs more than keeping it everywhere.
 SMALL = 2**14
-
-
-# Where a run goes on, and on how many devices, does not change what it computes (see `diffrl.config_tree.leaf`).
-FREE = {"free": True}
 
 
 @dataclasses.dataclass
@@ -41,9 +38,10 @@ class MeshConfig:
         tensor: reserved for networks that split their own layers; the rest is replicated over it.
     """
 
-    data: int = dataclasses.field(default=-1, metadata=FREE)
-    fsdp: int = dataclasses.field(default=1, metadata=FREE)
-    tensor: int = dataclasses.field(default=1, metadata=FREE)
+    # Where a run goes on, and on how many devices, does not change what it computes.
+    data: int = leaf(-1, free=True)
+    fsdp: int = leaf(1, free=True)
+    tensor: int = leaf(1, free=True)
 
 
 def init_distributed():
@@ -51,19 +49,46 @@ def init_distributed():
 
     Coordinator, process count and index come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
     where they are set, and from the cluster (SLURM, Open MPI, TPU pod, Kubernetes) otherwise.  DIFFRL_DISTRIBUTED=1
-    asks for it where neither shows, as on a TPU pod; 0 forbids it.
+    asks for it where neither shows, as on a TPU pod; 0 forbids it.  An empty variable counts as unset.
+
+    Raises:
+        UserError: a variable is no number, the others cannot be joined, or JAX_PLATFORMS names a device first that
+            is not there.
     """
-    env = os.environ
-    several = any(int(env.get(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    asked = env.get("DIFFRL_DISTRIBUTED", "1" if "JAX_COORDINATOR_ADDRESS" in env or several else "0")
-    if asked == "0":
-        return
-    count, index = env.get("JAX_NUM_PROCESSES"), env.get("JAX_PROCESS_ID")
-    jax.distributed.initialize(
-        env.get("JAX_COORDINATOR_ADDRESS"),
-        num_processes=None if count is None else int(count),
-        process_id=None if index is None else int(index),
-    )
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    several = any((_number(name) or 1) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    asked = _number("DIFFRL_DISTRIBUTED")
+    if asked or (asked is None and (address or several)):
+        count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+        try:
+            jax.distributed.initialize(address, num_processes=count, process_id=index)
+        except ValueError as error:
+            raise UserError(
+                f"cannot join the other processes ({error}): set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
+                "JAX_PROCESS_ID, or DIFFRL_DISTRIBUTED=0 for one process alone"
+            ) from error
+    _check_platform()
+
+
+def _number(name):
+    """An environment variable as a number, or None where it is unset or empty."""
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise UserError(f"{name}={text}: expected a number; set one or unset it")
+    return int(text) if text else None
+
+
+def _check_platform():
+    """Raises UserError where the first of JAX_PLATFORMS has no device: jax would go on with the next, in silence."""
+    wanted = (jax.config.jax_platforms or "").split(",")[0]
+    extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted)
+    remedy = f'pip install -e ".[{extra}]" on a host that has one, or choose' if extra else "choose"
+    try:
+        jax.devices(wanted or None)
+    except (AssertionError, RuntimeError) as error:  # an AssertionError where the plugin is missing
+        raise UserError(
+            f"no {wanted} device for JAX_PLATFORMS={jax.config.jax_platforms}: {remedy} another platform"
+        ) from error
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> jax.sharding.Mesh:
@@ -106,6 +131,11 @@ def place(mesh, state, small=SMALL):
     """A copy of a state, spread over the mesh as `state_sharding` says (every process must hold the same values)."""
     copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=state_sharding(mesh, state, small))
     return copy(state)
+
+
+def batch_parts(mesh) -> int:
+    """Into how many parts a batch is split: the devices along "data" and "fsdp"."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh, inner=False):
@@ -234,9 +264,8 @@ def _mean_over(axes):
 
 
 def _check_batch(size, mesh):
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if size % devices:
-        raise _indivisible(size, devices)
+    if size % batch_parts(mesh):
+        raise _indivisible(size, batch_parts(mesh))
 
 
 def _indivisible(size, devices):

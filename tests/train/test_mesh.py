@@ -1,6 +1,7 @@
 """Devices change how a step runs, not what it computes."""
 
 import functools
+import os
 import re
 
 import jax
@@ -130,13 +131,24 @@ def test_meshes_that_do_not_fit_are_refused(sizes):
         mesh.make_mesh(*sizes)
 
 
+@pytest.fixture
+def environment(monkeypatch):
+    """Sets the variables that say who else is there; without them nobody is."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "OMPI_", "DIFFRL_DISTRIBUTED", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS")):
+            monkeypatch.delenv(name)
+    return lambda env: [monkeypatch.setenv(name, value) for name, value in env.items()]
+
+
 @pytest.mark.parametrize(
     ("env", "call"),
     [
         ({}, None),
         ({"SLURM_NTASKS": "1"}, None),
         ({"DIFFRL_DISTRIBUTED": "1"}, (None, None, None)),
+        ({"DIFFRL_DISTRIBUTED": "", "SLURM_NTASKS": "", "JAX_COORDINATOR_ADDRESS": ""}, None),
         ({"SLURM_NTASKS": "4"}, (None, None, None)),
+        ({"SLURM_NTASKS": "4", "DIFFRL_DISTRIBUTED": ""}, (None, None, None)),
         ({"SLURM_NTASKS": "4", "DIFFRL_DISTRIBUTED": "0"}, None),
         (
             {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
@@ -144,11 +156,8 @@ def test_meshes_that_do_not_fit_are_refused(sizes):
         ),
     ],
 )
-def test_processes_join_when_the_environment_says_so(monkeypatch, env, call):
-    for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "DIFFRL_DISTRIBUTED", "JAX_COORDINATOR_ADDRESS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+def test_processes_join_when_the_environment_says_so(monkeypatch, environment, env, call):
+    environment(env)
     calls = []
     monkeypatch.setattr(
         jax.distributed,
@@ -157,3 +166,18 @@ def test_processes_join_when_the_environment_says_so(monkeypatch, env, call):
     )
     mesh.init_distributed()
     assert calls == ([] if call is None else [call])
+
+
+@pytest.mark.parametrize(
+    ("env", "says"),
+    [
+        ({"SLURM_NTASKS": "four"}, "SLURM_NTASKS=four: expected a number"),
+        ({"DIFFRL_DISTRIBUTED": "yes"}, "DIFFRL_DISTRIBUTED=yes: expected a number"),
+        ({"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "-2"}, "JAX_NUM_PROCESSES=-2: expected a number"),
+    ],
+)
+def test_mistakes_in_the_environment_are_one_line(environment, env, says):
+    environment(env)
+    with pytest.raises(UserError, match=f"^{says}.*$") as error:
+        mesh.init_distributed()
+    assert "\n" not in str(error.value)

@@ -18,8 +18,8 @@ first preset; flags replace single leaves of it, and `<workdir>/config.json` sav
 config says what differs and stops, unless the leaf is `free` or `--accept_changes` is given.  The other modes start
 from what the run has saved, and save nothing.
 
-ml_collections' config_flags reads the values; names, None and the types inside tuples are checked here, so that
-every mistake is one line.
+ml_collections' config_flags reads the values; names, None, the types inside tuples and the limits of leaves are
+checked here, so that every mistake is one line.
 """
 
 import copy
@@ -37,13 +37,13 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from diffrl.config_help import did_you_mean, help_text, plain, type_name
+from diffrl.config_leaf import in_words, is_within, leaf
 from diffrl.config_tree import (
     FILE,
     Leaf,
     differences,
     fits,
     from_dict,
-    leaf,
     leaves,
     read,
     save,
@@ -52,7 +52,7 @@ from diffrl.config_tree import (
 )
 from diffrl.errors import UserError
 
-__all__ = ["Run", "differences", "from_dict", "leaf", "leaves", "parse", "run", "to_dict"]
+__all__ = ["Run", "differences", "from_dict", "leaf", "leaves", "parse", "read", "run", "to_dict"]
 
 _ROOM = "make room or choose another --workdir"
 _REMEDIES = {
@@ -112,7 +112,7 @@ def parse(
         the config differs from the saved one in more than free leaves, and that was not accepted.
     """
     top, rest = _top_flags(argv, presets, modes)
-    workdir = pathlib.Path(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}")
+    workdir = pathlib.Path(os.path.expanduser(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}"))
     saved = read(workdir)
     if top.mode != modes[0]:
         _must_hold_run(workdir, saved, top.preset, modes[0])
@@ -125,6 +125,9 @@ def parse(
         config = from_dict(config, saved["config"])
     for path, text in _overrides(rest, leaves(config)).items():
         config = _override(config, path, text)
+    for path, found in leaves(config).items():
+        if not is_within(found.value, found.limits):
+            raise UserError(f"--config.{path}={plain(found.value)}: expected {in_words(found.limits)}")
 
     changes = differences(saved["config"], to_dict(config)) if saved is not None else {}
     free = {path for path, leaf in leaves(config).items() if leaf.free}

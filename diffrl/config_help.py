@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from diffrl.config_tree import leaves
+from diffrl.config_leaf import in_words
+from diffrl.config_tree import Leaf, leaves
 
 _HELP = """{doc}
 
@@ -32,7 +33,7 @@ def help_text(doc: str, name: str, presets: Mapping[str, Callable[[], Any]], mod
         modes=" | ".join(modes),
         presets=_table((f"--preset={key}", _summary(make)) for key, make in presets.items()),
         leaves=_table(
-            (f"--config.{key}={plain(leaf.value)}", type_name(leaf.hint), "*" if leaf.free else "", leaf.help)
+            (f"--config.{key}={plain(leaf.value)}", type_name(leaf.hint), "*" if leaf.free else "", _about(leaf))
             for key, leaf in leaves(presets[preset]()).items()
         ),
     )
@@ -55,6 +56,10 @@ def plain(value: Any) -> str:
 def type_name(hint: Any) -> str:
     """int, tuple[int, ...], str | None."""
     return inspect.formatannotation(hint)
+
+
+def _about(leaf: Leaf) -> str:
+    return "; ".join(filter(None, (leaf.help, in_words(leaf.limits))))
 
 
 def _tail(name: str) -> str:

@@ -31,11 +31,7 @@ class Leaf(NamedTuple):
     hint: Any  # the annotation, resolved
     help: str
     free: bool
-
-
-def leaf(default: Any, help: str = "", free: bool = False) -> Any:
-    """A dataclass field with a line of help; a resume may change `free` leaves (steps, intervals) unasked."""
-    return dataclasses.field(default=default, metadata={"help": help, "free": free})
+    limits: Mapping[str, float]  # see `config_leaf.leaf`
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
@@ -43,12 +39,12 @@ def leaves(config: Any, prefix: str = "") -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, name = getattr(config, field.name), prefix + field.name
+        value, name, about = getattr(config, field.name), prefix + field.name, field.metadata
         if dataclasses.is_dataclass(value):
             found |= leaves(value, name + ".")
         else:
             found[name] = Leaf(
-                value, hints[field.name], field.metadata.get("help", ""), field.metadata.get("free", False)
+                value, hints[field.name], about.get("help", ""), about.get("free", False), about.get("limits", {})
             )
     return found
 

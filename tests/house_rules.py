@@ -18,6 +18,7 @@ SOURCES = ("diffrl", "experiments", "benchmarks")
 ROLES = {"diffusion", "nets", "rl", "data", "train", "evaluate"}
 TOPICS = {"planning", "alignment"}
 ANY = ROLES | TOPICS | {"pretrained", "safety", "serve", "recipes", "config", "config_help", "config_tree"}
+FOR_ALL = {"errors", "config_leaf"}  # they import nothing of the house
 MAY_IMPORT = {
     **{role: set() for role in ROLES},
     **{topic: {"diffusion", "rl"} for topic in TOPICS},
@@ -128,7 +129,7 @@ def calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 
 def folders(mod: Module) -> Iterator[str]:
-    allowed = MAY_IMPORT.get(mod.room, set()) | {mod.room, "errors", "__version__", ""}
+    allowed = MAY_IMPORT.get(mod.room, set()) | {mod.room, *FOR_ALL, "__version__", ""}
     for name in imports(mod):
         top, _, rest = name.partition(".")
         if top == "diffrl" and rest.partition(".")[0] not in allowed:

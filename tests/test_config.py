@@ -19,16 +19,16 @@ from diffrl.errors import UserError
 @dataclasses.dataclass
 class Optim:
     learning_rate: float = config_lib.leaf(1e-3, help="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = config_lib.leaf((0.9, 0.999), at_least=0, below=1)
 
 
 @dataclasses.dataclass
 class Config:
-    steps: int = config_lib.leaf(100, help="training steps", free=True)
-    mults: tuple[int, ...] = (1, 2)
+    steps: int = config_lib.leaf(100, help="training steps", free=True, at_least=1)
+    mults: tuple[int, ...] = config_lib.leaf((1, 2), at_least=1)
     names: tuple[str, ...] = ("fid",)
     folder: str | None = None
-    limit: int | None = 3
+    limit: int | None = config_lib.leaf(3, above=0, at_most=9)
     crop: tuple[int, int] | None = None
     flip: bool = True
     note: str = ""
@@ -125,6 +125,10 @@ def test_a_flag_sets_its_leaf_and_no_other(argv, leaf, value):
         (["--config.optim.betas=0.9"], "as in --config.optim.betas=(0.9,0.999)"),
         (["--config.mults=(1,2.5)"], "expected tuple[int, ...]"),
         (["--config.mults=(1,"], "expected tuple[int, ...]"),
+        (["--config.steps=0"], "--config.steps=0: expected at least 1"),
+        (["--config.mults=(2,0)"], "--config.mults=(2,0): expected at least 1"),
+        (["--config.limit=10"], "--config.limit=10: expected above 0 and at most 9"),
+        (["--config.optim.betas=(0.9,1)"], "expected at least 0 and below 1"),
         (["--config.names=a,b"], "as in --config.names=('fid',)"),
         (["--config.crop=(1,2,3)"], "expected tuple[int, int] | None"),
         (["--config.optim=3"], "--config.optim is a section"),
@@ -226,6 +230,25 @@ def test_free_leaves_may_change_and_other_modes_save_nothing(tmp_path, capsys):
     assert {path.name: path.read_text() for path in (tmp_path / "w").iterdir()} == files
 
 
+def test_limits_hold_in_presets_and_saved_files(tmp_path):
+    with pytest.raises(UserError, match=r"--config\.steps=0: expected at least 1"):
+        config_lib.parse([], {"broken": lambda: Config(steps=0)})
+    with pytest.raises(UserError, match="betas=.*nan.*: expected at least 0 and below 1"):
+        config_lib.parse([], {"broken": lambda: Config(optim=Optim(betas=(float("nan"), 0.9)))})
+    launch("--workdir=w")
+    saved = (tmp_path / "w/config.json").read_text()
+    (tmp_path / "w/config.json").write_text(saved.replace('"steps": 100', '"steps": -1'))
+    with pytest.raises(UserError, match=r"--config\.steps=-1: expected at least 1"):
+        parse("--workdir=w")
+    config, *_ = parse("--workdir=w", "--config.steps=5")
+    assert config.steps == 5
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert parse("--workdir=~/w")[1].workdir == tmp_path / "home" / "w"
+
+
 def test_presets_are_not_changed_by_overrides():
     shared = Config()
     config, *_ = config_lib.parse(["--config.limit=none", "--config.steps=7"], {"shared": lambda: shared})
@@ -248,6 +271,8 @@ def test_help_lists_presets_modes_and_every_leaf(capsys):
     lines = {line.split("=")[0].strip(): line for line in text.splitlines()}
     for name, leaf in config_lib.leaves(Config()).items():
         assert leaf.help in lines[f"--config.{name}"]
+    assert lines["--config.optim.betas"].endswith("at least 0 and below 1")
+    assert lines["--config.steps"].endswith("training steps; at least 1")
     line = " ".join(lines["--config.optim.learning_rate"].split())
     assert line == "--config.optim.learning_rate=0.001 float peak learning rate"
     assert " * " in lines["--config.steps"]

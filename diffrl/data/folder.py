@@ -10,6 +10,7 @@ from diffrl.data import images
 from diffrl.data.source import Batch, Source
 from diffrl.errors import UserError
 
+SPLITS = {"train", "test", "val", "valid", "validation"}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -25,8 +26,8 @@ def folder(path: str, split: str = "train", *, size: int = 0, channels: int = 0)
       channels: 1, 3 or 4 convert; 0 where all files have the channels of the first.
 
     Raises:
-      UserError: the folder is missing, holds no images, an empty class, or images beside classes; and, from `fetch`,
-        an unreadable file or one whose shape differs from the first.
+      UserError: the folder is missing, holds no images, an empty class, images beside classes, or splits that cannot be
+        told from classes; and, from `fetch`, an unreadable file or one whose shape differs from the first.
     """
     images.check_channels(channels)
     root = _root(pathlib.Path(path).expanduser(), split)
@@ -45,16 +46,34 @@ def folder(path: str, split: str = "train", *, size: int = 0, channels: int = 0)
 def _root(path: pathlib.Path, split: str) -> pathlib.Path:
     if not path.is_dir():
         raise UserError(f"no such folder: {path}; point --config.data.dir at a folder of images")
+    folders = _folders(path)
     if (path / split).is_dir():
+        # Classes, too, may be called train; another split by a name of its own has classes inside, no images.
+        classes = [f for f in folders if f.name not in {split, *SPLITS} and _images(list(f.iterdir()))]
+        if classes:
+            raise UserError(
+                f"{path} has the split {split!r} beside {classes[0].name!r}, which looks like a class: "
+                "move the classes into the split, or rename either"
+            )
         return path / split
     if split not in {"train", "all"}:
         raise UserError(f"{path} has no folder {split!r}: make one, or set --config.data.split=train")
+    splits = [f.name for f in folders if f.name.lower() in SPLITS]
+    if splits:
+        raise UserError(
+            f"{path} has no folder {split!r}, but {splits[0]!r}, which looks like a split and would be a class: "
+            "set --config.data.split to a folder that is there, or rename the class"
+        )
     return path
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _scan(root: pathlib.Path) -> tuple[list[pathlib.Path], np.ndarray | None, tuple[str, ...]]:
     """Files, their labels [N] and the names of the classes; no labels where there are no subfolders."""
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes = _folders(root)
     loose = _images([entry for entry in root.iterdir() if entry.is_file()])
     if not loose and not classes:
         raise UserError(f"no images in {root}: point --config.data.dir at {' '.join(sorted(SUFFIXES))} files")

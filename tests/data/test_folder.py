@@ -45,6 +45,31 @@ def test_splits_are_folders_where_there_are_any(tmp_path):
         folder(str(tmp_path), "valid")
 
 
+@pytest.mark.parametrize(
+    ("files", "split", "words"),
+    [
+        (["car/1", "train/1"], "train", "has the split 'train' beside 'car', which looks like a class"),
+        (["train/cat/1", "dog/1"], "train", "beside 'dog'"),
+        (["test/1", "val/1"], "train", "has no folder 'train', but 'test', which looks like a split"),
+        (["train/cat/1", "test/cat/1"], "all", "has no folder 'all', but 'test'"),
+        (["Train/cat/1", "Test/cat/1"], "train", "has no folder 'train', but 'Test'"),
+    ],
+)
+def test_splits_and_classes_are_not_mixed_up(tmp_path, files, split, words):
+    for name in files:
+        put(tmp_path / f"{name}.png")
+    assert words in message(lambda: folder(str(tmp_path), split))
+
+
+def test_a_split_may_have_any_name_and_other_files_around_it(tmp_path):
+    for name in ("train/cat/1", "train/test/1", "val/cat/1", "unseen/cat/1"):
+        put(tmp_path / f"{name}.png")
+    (tmp_path / "devkit").mkdir()
+    (tmp_path / "devkit" / "readme.txt").write_text("not an image")
+    assert folder(str(tmp_path)).class_names == ("cat", "test")
+    assert folder(str(tmp_path), "unseen").class_names == ("cat",)
+
+
 def message(call) -> str:
     with pytest.raises(UserError) as error:
         call()

@@ -6,10 +6,11 @@ alias), as in Parmar et al., "On Aliased Resizing and Surprising Subtleties in G
 
 import dataclasses
 import pathlib
+import re
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from diffrl.data.source import Batch, Source
 from diffrl.errors import UserError
@@ -34,6 +35,7 @@ def decode(file: pathlib.Path | IO[bytes], name: str, size: int = 0, channels: i
     """
     try:
         with Image.open(file) as image:
+            deep = _deep_mode(image)  # asked before Pillow reads, as it then cuts colours to 8 bits
             image.load()
             upright = ImageOps.exif_transpose(image)
     except (
@@ -43,9 +45,20 @@ def decode(file: pathlib.Path | IO[bytes], name: str, size: int = 0, channels: i
         Image.DecompressionBombError,
     ) as error:  # Pillow raises all of these
         raise UserError(f"cannot read the image {name}: {error}; replace or remove it") from error
-    if upright.mode[0] in "IF":
-        raise UserError(f"{name} has pixels of mode {upright.mode}, not of 8 bits: convert it to 8 bits per channel")
+    if deep or upright.mode[0] in "IF":
+        raise UserError(
+            f"{name} has pixels of mode {deep or upright.mode}, not of 8 bits: convert it to 8 bits per channel"
+        )
     return fit(upright, size, channels)
+
+
+def _deep_mode(image: ImageFile.ImageFile) -> str:
+    """How the file stores its pixels, if with 16 bits a channel (RGB;16B, or a PPM's largest value), or else ""."""
+    for codec, _, _, options in image.tile:
+        mode = str(options)
+        if re.search(";16[BLN]", mode) or (codec.startswith("ppm") and isinstance(options, tuple) and options[1] > 255):
+            return mode
+    return ""
 
 
 def fit(image: Image.Image, size: int = 0, channels: int = 0) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Decoding, cropping and converting single images."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -86,6 +88,30 @@ def test_deep_pixels_are_refused_rather_than_clipped():
     deep = Image.fromarray(np.full((2, 2), 40_000, np.uint16))
     with pytest.raises(UserError, match=r"scan.png has pixels of mode I;16.*8 bits"):
         images.decode(encoded(deep), "scan.png")
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_deep_colours_are_refused_too(kind, channels):
+    """PNGs as the standard has them, for Pillow writes none: kind 2 is RGB, 4 grey with alpha, 6 RGB with alpha."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + b"\x12\x34" * channels)
+    file = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    with pytest.raises(UserError, match=r"scan.png has pixels of mode .*;16B, not of 8 bits"):
+        images.decode(io.BytesIO(file), "scan.png")
+
+
+@pytest.mark.parametrize(("largest", "pixels"), [(255, b"\x12" * 3), (65535, b"\x12\x34" * 3)])
+def test_portable_pixmaps_may_be_deep(largest, pixels):
+    file = io.BytesIO(b"P6 1 1 %d\n" % largest + pixels)
+    if largest > 255:
+        with pytest.raises(UserError, match="not of 8 bits"):
+            images.decode(file, "scan.ppm")
+    else:
+        assert images.decode(file, "scan.ppm").tolist() == [[[0x12] * 3]]
 
 
 def test_resized_sources():

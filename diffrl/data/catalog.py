@@ -5,6 +5,7 @@ import difflib
 import os
 import pathlib
 
+from diffrl.config_leaf import leaf
 from diffrl.data import cifar, images, mnist, toy
 from diffrl.data.digits import digits
 from diffrl.data.folder import folder
@@ -12,9 +13,6 @@ from diffrl.data.npz import npz
 from diffrl.data.source import Source, cached
 from diffrl.data.tfds import tfds
 from diffrl.errors import UserError
-
-# Where the data lie and how they are read may change when a run goes on (see `diffrl.config_tree.leaf`).
-FREE = {"free": True}
 
 
 @dataclasses.dataclass
@@ -35,13 +33,13 @@ class DataConfig:
     """
 
     name: str = "digits"
-    dir: str = dataclasses.field(default="", metadata=FREE)
+    dir: str = leaf("", free=True)
     split: str = "train"
-    image_size: int = 0
+    image_size: int = leaf(0, at_least=0)
     channels: int = 0
     flip: bool = False
-    workers: int = dataclasses.field(default=0, metadata=FREE)
-    cache_mb: int = dataclasses.field(default=1024, metadata=FREE)
+    workers: int = leaf(0, free=True, at_least=0)
+    cache_mb: int = leaf(1024, free=True, at_least=0)
 
 
 def make_source(config: DataConfig, split: str | None = None) -> Source:
@@ -51,7 +49,7 @@ def make_source(config: DataConfig, split: str | None = None) -> Source:
       UserError: an unknown name, or whatever the set finds wrong.
     """
     split = split or config.split
-    directory = config.dir or os.environ.get("DIFFRL_DATA_DIR", "")
+    directory = os.path.expanduser(config.dir or os.environ.get("DIFFRL_DATA_DIR", ""))
     size, channels = config.image_size, config.channels
     family, _, member = config.name.partition(":")
     makers = {

@@ -1,6 +1,7 @@
 """Arrays in a NumPy archive: the images of a split, and their labels if there are any."""
 
 import pathlib
+import sys
 import zipfile
 
 import numpy as np
@@ -27,6 +28,8 @@ def npz(path: str, split: str = "train") -> Source:
     if not file.is_file():
         raise UserError(f"no such file: {path}; point --config.data.dir at an .npz file")
     try:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no archive")
         with np.load(file) as archive:
             x_key = _find(archive.files, IMAGES, split)
             if x_key is None:
@@ -54,3 +57,5 @@ def _check_range(x: np.ndarray, name: str) -> None:
     low, high = x.min(initial=0.0), x.max(initial=0.0)
     if not (low >= -1 - 1e-5 and high <= 1 + 1e-5):  # written so that NaN fails
         raise UserError(f"{name} has float images from {low:g} to {high:g}: scale them to -1..1, or store uint8 0..255")
+    if low >= 0:
+        print(f"{name} has float images from {low:g} to {high:g}: 0 is taken as grey, -1 as black", file=sys.stderr)

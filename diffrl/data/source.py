@@ -15,6 +15,7 @@ import numpy as np
 from diffrl.errors import UserError
 
 Batch = dict[str, np.ndarray]
+MANY = 1000  # classes, for a set of fewer examples
 
 
 class Source(NamedTuple):
@@ -59,9 +60,9 @@ def from_arrays(
 
     Raises:
       UserError: no examples; x neither uint8 nor floating; labels that are not integers, that are not as many as the
-        examples, or that lie outside `0 .. num_classes - 1`.
+        examples, that lie outside `0 .. num_classes - 1`, or that are so large that they can be no classes.
     """
-    if len(x) == 0:
+    if x.ndim == 0 or len(x) == 0:
         raise UserError(f"{name} holds no examples")
     if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
         raise UserError(f"{name} has images of type {x.dtype}: store uint8 (0..255) or float32 (-1..1)")
@@ -69,9 +70,10 @@ def from_arrays(
     if label is None:
         num_classes = None
     else:
-        arrays["label"] = _as_labels(label, len(x), name)
-        num_classes = num_classes or len(class_names) or int(arrays["label"].max()) + 1
-        check_labels(arrays["label"], num_classes, name)
+        label = _as_labels(label, len(x), name)
+        num_classes = num_classes or len(class_names) or _count_classes(label, name)
+        check_labels(label, num_classes, name)
+        arrays["label"] = label.astype(np.int32)
 
     return Source(
         length=len(x),
@@ -99,7 +101,55 @@ def _as_labels(label: np.ndarray, length: int, name: str) -> np.ndarray:
         raise UserError(f"{name} has {length} images but labels of shape {label.shape}: one label per image, please")
     if not np.issubdtype(label.dtype, np.integer):
         raise UserError(f"{name} has labels of type {label.dtype}: store integers")
-    return label.reshape(length).astype(np.int32)
+    return label.reshape(length)
+
+
+def _count_classes(label: np.ndarray, name: str) -> int:
+    largest = int(label.max())
+    # A small split of a set may lack most classes; but each class, met or not, is a row of the network's embedding.
+    if largest >= max(len(label), MANY):
+        raise UserError(f"{name} has a label {largest} among {len(label)} examples: number the classes from 0")
+    return largest + 1
+
+
+def matched(source: Source, reference: Source) -> Source:
+    """`source` with the labels of `reference`, which is another part of the same set: by name where both have names.
+
+    Raises:
+      UserError: the shapes differ, or `source` has a class that `reference` lacks, or no labels where it has some.
+    """
+    if source.shape != reference.shape:
+        raise UserError(
+            f"{source.name} has examples of shape {source.shape}, {reference.name} of {reference.shape}: "
+            "--config.data.image_size and --config.data.channels make them alike"
+        )
+    found, known = source.num_classes, reference.num_classes
+    if known is None:
+        return source
+    if found is None:
+        raise UserError(f"{source.name} has no labels, but {reference.name} has: label it, or choose another split")
+    if source.class_names and reference.class_names:
+        strange = [name for name in source.class_names if name not in reference.class_names]
+        if strange:
+            raise UserError(f"{source.name} has a class {strange[0]!r} that {reference.name} lacks: mend either")
+        if source.class_names != reference.class_names:
+            renumber = np.array([reference.class_names.index(name) for name in source.class_names], np.int32)
+            source = source._replace(fetch=_Renumbered(source.fetch, renumber), in_memory=False)
+    elif found > known:
+        raise UserError(f"{source.name} has a class {found - 1}, {reference.name} only 0..{known - 1}: mend either")
+    return source._replace(num_classes=known, class_names=reference.class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renumbered:
+    """`fetch` with other labels; no closure, so that plain pickle can send it to a worker."""
+
+    fetch: Callable[[np.ndarray], Batch]
+    renumber: np.ndarray
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        batch = self.fetch(indices)
+        return {**batch, "label": self.renumber[batch["label"]]}
 
 
 def check_labels(label: np.ndarray, num_classes: int, name: str) -> None:

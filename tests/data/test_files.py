@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import struct
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_npz_finds_the_keys_of_the_split(tmp_path, keys, split):
         ({"x": np.full((2, 4, 4, 1), np.nan)}, "train", "float images from nan"),
         ({"x": X.astype(int)}, "train", "images of type int64: store uint8"),
         ({"x": np.array([{}, {}])}, "train", "cannot read .*a.npz"),
+        ({"x": np.uint8(3)}, "train", "holds no examples"),
     ],
 )
 def test_npz_mistakes(tmp_path, arrays, split, message):
@@ -58,13 +60,28 @@ def test_npz_mistakes(tmp_path, arrays, split, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", b"plain text"])
+def array_file() -> bytes:
+    file = io.BytesIO()
+    np.save(file, X)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", array_file(), b"PK\x03\x04 and no more", b"plain text"])
 def test_npz_that_is_none(tmp_path, content):
     with pytest.raises(UserError, match="no such file"):
         npz(str(tmp_path / "a.npz"))
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot read .*; write it with numpy.savez"):
         npz(str(tmp_path / "a.npz"))
+
+
+def test_floats_that_do_not_use_half_of_their_range_are_doubted(tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", x=X / 255.0)
+    assert npz(str(tmp_path / "a.npz")).length == 6
+    assert "0 is taken as grey" in capsys.readouterr().err
+    np.savez(tmp_path / "a.npz", x=X / 127.5 - 1)
+    assert npz(str(tmp_path / "a.npz")).length == 6
+    assert capsys.readouterr().err == ""
 
 
 def test_points_and_floats_are_taken_as_they_are(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffrl.data.digits import digits
-from diffrl.data.source import Source, cached, from_arrays
+from diffrl.data.source import Source, cached, from_arrays, matched
 from diffrl.errors import UserError
 
 PIXELS = np.arange(5 * 4, dtype=np.uint8).reshape(5, 2, 2, 1)
@@ -36,12 +36,48 @@ def test_without_labels_there_are_no_classes():
         (PIXELS, np.zeros(5), None, "labels of type float64"),
         (PIXELS, np.array([0, 1, 2, 3, 7]), 5, r"a label 7 outside 0\.\.4"),
         (PIXELS, np.array([0, -1, 2, 3, 4]), 5, r"a label -1 outside 0\.\.4"),
+        (PIXELS, np.array([0, 1, 1, 2, 2**32]), 5, r"a label 4294967296 outside 0\.\.4"),
+        (PIXELS, np.array([0, 1, 1, 2, 10**6]), None, "a label 1000000 among 5 examples: number the classes from 0"),
+        (np.array(3.0), None, None, "set holds no examples"),
     ],
 )
 def test_arrays_that_are_refused(x, label, classes, message):
     with pytest.raises(UserError, match=message) as error:
         from_arrays(x, label, num_classes=classes, name="set")
     assert "\n" not in str(error.value)
+
+
+CATS, DOG = ("cat", "dog", "eel"), np.zeros(5, int)
+
+
+@pytest.mark.parametrize(
+    ("names", "label", "reference_names", "expected"),
+    [
+        (("dog",), DOG, CATS, [1] * 5),  # a part that lacks classes
+        (("eel", "cat"), np.array([0, 1, 1, 0, 0]), CATS, [2, 0, 0, 2, 2]),  # or has them in another order
+        ((), np.array([0, 1, 1, 0, 2]), (), [0, 1, 1, 0, 2]),
+        ((), DOG, CATS, [0] * 5),
+    ],
+)
+def test_labels_are_those_of_the_reference(names, label, reference_names, expected):
+    reference = from_arrays(PIXELS, np.array([0, 1, 2, 0, 1]), class_names=reference_names)
+    source = pickle.loads(pickle.dumps(matched(from_arrays(PIXELS, label, class_names=names), reference)))
+    np.testing.assert_array_equal(source.fetch(np.arange(5))["label"], expected)
+    assert (source.num_classes, source.class_names) == (3, reference_names)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (from_arrays(PIXELS[:, :1], DOG, name="part"), r"part has examples of shape \(1, 2, 1\), set of \(2, 2, 1\)"),
+        (from_arrays(PIXELS, DOG, class_names=("dgo",), name="part"), "part has a class 'dgo' that set lacks"),
+        (from_arrays(PIXELS, DOG + 3, name="part"), r"part has a class 3, set only 0\.\.2"),
+        (from_arrays(PIXELS, name="part"), "part has no labels, but set has"),
+    ],
+)
+def test_a_part_that_does_not_belong_to_the_reference(source, words):
+    with pytest.raises(UserError, match=words):
+        matched(source, from_arrays(PIXELS, np.array([0, 1, 2, 0, 1]), class_names=CATS, name="set"))
 
 
 def test_digits_are_the_original_pixels_split_without_overlap():

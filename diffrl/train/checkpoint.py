@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from diffrl.errors import UserError
-from diffrl.train import manifest, mesh
+from diffrl.train import lock, manifest, mesh
 
 
 class Checkpoints:
@@ -48,7 +48,21 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: concurrent.futures.Future | None = None
+        self._claimed, self._lock, self._owner = False, None, ""
         logging.getLogger("absl").addFilter(_not_orbax)
+
+    def claim(self):
+        """Makes this run the folder's only writer until `close`; others may read.  `resume` and `save` call it.
+
+        Raises:
+            UserError: another run has it.
+        """
+        if not self._claimed and mesh.first_process_decides(self._is_taken):
+            raise UserError(
+                f"another run saves to {self.folder}{self._owner}: wait for its end, stop it, "
+                "or choose another --workdir"
+            )
+        self._claimed = True
 
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, ascending."""
@@ -63,8 +77,10 @@ class Checkpoints:
             data_state: a JSON-able dict, this process's position in its data.
 
         Raises:
-            UserError: this step exists already, or this save or the one before it could not be written.
+            UserError: this step exists already, this save or the one before it could not be written, or another run
+                saves here.
         """
+        self.claim()
         self.wait()
         path = self.folder / str(step)
         if step in self.steps():
@@ -115,13 +131,23 @@ class Checkpoints:
             pending.result()
 
     def close(self):
-        """Waits, then ends the background thread."""
+        """Waits, then ends the background thread and lets go of the folder."""
         try:
             self.wait()
         finally:
             self._thread.shutdown()
             self._orbax.close()
+            if self._lock is not None:
+                self._lock.close()
             logging.getLogger("absl").removeFilter(_not_orbax)
+
+    def _is_taken(self):
+        try:
+            self._lock = lock.claim(self.folder)
+        except BlockingIOError as error:
+            self._owner = f" ({error})"
+            return True
+        return False
 
     def _folders(self):
         return [path for path in self.folder.iterdir() if path.name.isdigit()]

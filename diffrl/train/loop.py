@@ -112,8 +112,10 @@ def resume(checkpoints, state, data=None, writers=None):
         data: has `set_state(dict)`; a collecting function, or None, is left alone.
 
     Raises:
-        UserError: the checkpoint holds another model, or the data of another number of processes.
+        UserError: the checkpoint holds another model, or the data of another number of processes; or another run
+            trains in this folder now.
     """
+    checkpoints.claim()  # before anything is cut
     restored = checkpoints.restore(state)
     if restored is not None:
         state, position = restored

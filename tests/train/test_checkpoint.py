@@ -1,6 +1,9 @@
 """A checkpoint comes back bit for bit, or the one before it does, loudly."""
 
+import errno
+import fcntl
 import functools
+import os
 import resource
 import shutil
 
@@ -11,8 +14,9 @@ import pytest
 import toy
 
 from diffrl.errors import UserError
-from diffrl.train import mesh
+from diffrl.train import lock, mesh
 from diffrl.train.checkpoint import Checkpoints
+from diffrl.train.loop import resume
 
 N_FILES = 12  # what one checkpoint of the toy holds, at least
 
@@ -41,6 +45,11 @@ def state_at(n):
 def save_and_wait(checkpoints, n, state):
     checkpoints.save(n, state, {"place": n})
     checkpoints.wait()
+
+
+def names(checkpoints):
+    """What lies in the folder, beside the lock."""
+    return sorted(path.name for path in checkpoints.folder.iterdir() if path.name != lock.LOCK)
 
 
 def save(checkpoints, *steps):
@@ -89,7 +98,7 @@ def test_the_state_may_be_donated_while_it_is_written(checkpoints):
 def test_keeps_the_newest(checkpoints):
     save(checkpoints, 1, 2, 10, 11)
     assert checkpoints.steps() == [2, 10, 11]
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["10", "11", "2"]
+    assert names(checkpoints) == ["10", "11", "2"]
 
 
 def truncate(path):
@@ -119,7 +128,7 @@ def test_every_damaged_file_is_noticed(checkpoints, hurt, capsys):
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert str(newest) in said
-        (aside,) = [path for path in checkpoints.folder.iterdir() if path.name != "1"]
+        (aside,) = [checkpoints.folder / name for name in names(checkpoints) if name != "1"]
         assert len([path for path in aside.rglob("*") if path.is_file()]) == remains
         shutil.rmtree(aside)
         shutil.copytree(whole, newest)
@@ -131,7 +140,7 @@ def test_several_damaged_ones_stay_aside(checkpoints, capsys):
         save(checkpoints, 1)
         flip(checkpoints.folder / "1" / "contents.json")
         assert checkpoints.restore(state_at(0)) is None
-    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["1.corrupt", "1.corrupt+"]
+    assert names(checkpoints) == ["1.corrupt", "1.corrupt+"]
 
 
 def test_an_interrupted_save_is_replaced(checkpoints, capsys):
@@ -205,3 +214,28 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 def test_positions_must_be_json(checkpoints):
     with pytest.raises(TypeError, match="JSON"):
         checkpoints.save(1, state_at(1), {"place": object()})
+
+
+def test_a_second_writer_is_refused_and_a_reader_is_not(checkpoints):
+    save(checkpoints, 1)
+    other = Checkpoints(checkpoints.folder)
+    (checkpoints.folder / "2").mkdir()  # as if the first were at it
+    with pytest.raises(UserError, match=f"another run saves to {checkpoints.folder} \\(process {os.getpid()} on ") as error:
+        other.save(2, state_at(2))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="another run saves to"):
+        resume(other, state_at(0))
+    assert names(checkpoints) == ["1", "2"]
+    assert other.restore(state_at(0))[1] == {"place": 1}
+    checkpoints.close()
+    save(other, 2)
+    other.close()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(checkpoints, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    save(checkpoints, 1)
+    assert checkpoints.steps() == [1]

@@ -55,6 +55,7 @@ def fit(
     Raises:
         UserError: the loss or the gradient is not finite (the first such step is named, nothing bad is saved), the
             data ended, a checkpoint could not be written, or `inner` does not divide the steps that are left.
+        Exception: what the data raise; the steps before it are saved first.
         Stopped: SIGTERM or SIGINT came; the dispatch was finished and saved.
     """
     done = int(jax.device_get(state.step))
@@ -81,7 +82,7 @@ def fit(
     with _Signals() as signals:
         try:
             while done < steps:
-                state, metrics = step(state, feed.next(state))
+                state, metrics = step(state, _next(feed, state, done, report, checkpoints))
                 done += inner
                 report.add(done, metrics)
                 for hook in hooks:
@@ -158,6 +159,23 @@ class _Signals:
 @jax.jit
 def _all_finite(tree):
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def _next(feed, state, done, report, checkpoints):
+    """The next batch; where the data fail, the work since the last checkpoint is saved before their error goes on."""
+    try:
+        return feed.next(state)
+    except Exception as error:
+        # One process of several cannot save alone: the others are in the middle of a step that waits for it.
+        if checkpoints is not None and feed.whole and jax.process_count() == 1:
+            checkpoints.wait()
+            if done not in (0, *checkpoints.steps()):
+                report.flush()
+                _save(checkpoints, done, state, feed)
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {_saved(checkpoints)}") from error
+        error.add_note(_saved(checkpoints))
+        raise
 
 
 def _save(checkpoints, done, state, feed):

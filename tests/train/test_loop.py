@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy
 
+from diffrl.data.prefetch import Prefetch
 from diffrl.errors import UserError
 from diffrl.train.checkpoint import Checkpoints
 from diffrl.train.loop import Stopped, fit, resume
@@ -20,13 +21,13 @@ from diffrl.train.writers import Writers
 class Run:
     """One start of a run in a folder: what an experiment's main does."""
 
-    def __init__(self, folder, inner=1):
+    def __init__(self, folder, inner=1, data=None):
         self.inner = inner
         self.step, place, _ = toy.compiled(inner)
         self.checkpoints, self.writers, self.data = (
             Checkpoints(folder / "checkpoints"),
             Writers(folder),
-            toy.Data(inner),
+            data or toy.Data(inner),
         )
         self.state = resume(self.checkpoints, place(), self.data, self.writers)
 
@@ -207,6 +208,46 @@ def test_signals_save_and_stop(tmp_path, number, code, capsys):
     toy.assert_same(Run(tmp_path / "parts").fit(12).state, whole.state)
 
 
+class Torn(toy.Data):
+    """Data whose source cannot be read from batch 6 on, until it is mended."""
+
+    def __init__(self, error):
+        super().__init__()
+        self._error = error
+
+    def __next__(self):
+        if self.place >= 6:
+            raise self._error
+        return super().__next__()
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("error", "ahead"), [(UserError("x.png is torn: delete it"), 2), (OSError("gone"), 0)])
+def test_failing_data_lose_nothing(tmp_path, error, ahead):
+    """What was trained is saved with the place of the last batch that was used, however many were fetched ahead."""
+    whole = Run(tmp_path / "whole").fit(12)
+    torn = tmp_path / "torn"
+    with pytest.raises(type(error)) as failed:
+        Run(torn, data=Prefetch(Torn(error), lambda batch: batch, size=ahead)).fit(12)
+    said = "; ".join([str(failed.value), *getattr(failed.value, "__notes__", [])])
+    assert said == f"{error}; the last checkpoint is step 6 in {torn / 'checkpoints'}"
+
+    with pytest.raises(type(error)):  # not mended: step 6 is there already
+        Run(torn, data=Torn(error)).fit(12)
+    mended = Run(torn)
+    assert (int(mended.state.step), mended.data.place) == (6, 6)
+    toy.assert_same(mended.fit(12).state, whole.state)
+
+
+def test_failing_data_do_not_hide_a_divergence(tmp_path):
+    run = Run(tmp_path, data=Torn(UserError("torn")))
+    run.step = diverging(6)
+    with pytest.raises(UserError, match="loss is nan at step 6: .* step 4 in"):
+        run.fit(12)
+
+
 def collecting(rounds):
     """Rounds of three batches, made of the model's parameters and the round's key."""
 
@@ -233,6 +274,25 @@ def test_collected_rounds_resume_exactly(tmp_path):
     assert checkpoints.steps() == [3, 6]
     state = resume(checkpoints, place())
     toy.assert_same(fit(step, state, collecting(rounds), steps=12, **options), whole)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("dies_at", "left"), [(2, []), (3, [3])])
+def test_a_collection_that_fails_leaves_what_can_be_resumed(tmp_path, dies_at, left):
+    """A whole first round is saved; from the middle of one nothing could go on."""
+    step, place, put = toy.compiled()
+    asked = iter(range(9))
+
+    def collect(state, key):
+        for _ in range(3):
+            if next(asked) == dies_at:
+                raise UserError("the simulator died")
+            yield put(toy.batch(0))
+
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="the simulator died; "):
+        fit(step, place(), collect, steps=12, checkpoints=checkpoints, checkpoint_every=100, progress=False)
+    assert checkpoints.steps() == left
     checkpoints.close()
 
 

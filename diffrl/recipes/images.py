@@ -292,7 +292,7 @@ def grid_hook(session: Session) -> hooks.Hook:
         grids.save_png(session.workdir / "samples" / f"step_{done:07d}.png", picture)
         session.writers.images(done, "samples", picture)
 
-    return hooks.every(session.config.train.sample_every, hook)
+    return hooks.every(session.config.train.sample_every, hook, session.config.train.inner)
 
 
 def class_labels(model: Model, columns: int) -> tuple[np.ndarray | None, int]:

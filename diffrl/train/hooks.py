@@ -7,19 +7,14 @@ from diffrl.train.state import TrainState
 Hook = Callable[[int, TrainState], None]
 
 
-def every(n, hook, last=None) -> Hook:
-    """Calls `hook` whenever a multiple of n has been passed since the call before, and at step `last` if given.
+def every(n, hook, inner=1) -> Hook:
+    """Calls `hook` after each dispatch of `inner` updates that reaches or passes a multiple of n, once.
 
-    With several steps per dispatch the multiple itself may never be seen; the hook gets the step that was reached.
+    With several updates per dispatch the multiple itself may never be seen; the hook gets the step that was reached.
     """
-    previous = None
 
     def maybe(step, state):
-        nonlocal previous
-        # A run that resumes at a multiple of n has done that one already.
-        passed = step % n == 0 if previous is None else step // n > previous // n
-        previous = step
-        if passed or step == last:
+        if step // n > (step - inner) // n:
             hook(step, state)
 
     return maybe

@@ -17,7 +17,6 @@ class Purpose(enum.IntEnum):
 
     LOSS = 0
     COLLECT = 1
-    HOOK = 2
 
 
 class Aux(NamedTuple):

@@ -42,6 +42,7 @@ from diffrl.diffusion.sampling import Sampler
 from diffrl.errors import UserError
 from diffrl.evaluate import grids, plots
 from diffrl.recipes import denoising, fidelity, images, noisy_classifier, scores
+from diffrl.recipes import results as results_lib
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.fidelity import Ruler
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
@@ -263,7 +264,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     for name in [name for name in generators if name not in results["methods"]]:
         rows = sweep(config, name, functools.partial(generators[name], params), classes, ruler, run)
         results["methods"][name] = rows
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        results_lib.save(path, results)
     report(results, list(chosen), ruler.judge.name, run)
 
 

@@ -17,7 +17,6 @@ goes on where the first stopped.
 """
 
 import dataclasses
-import json
 import math
 import sys
 import time
@@ -37,6 +36,7 @@ from diffrl.diffusion.process import Process, ve
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
 from diffrl.nets.mlp import MLP
+from diffrl.recipes import results
 from diffrl.train import loop, mesh, optim, state, step
 from diffrl.train.optim import OptimConfig
 from diffrl.train.state import Aux
@@ -287,11 +287,13 @@ def main(config: Config, run: config_lib.Run) -> None:
             trainer = trainer or make_trainer(config, problem, method)
             print(f"{name}, seed {seed}", file=sys.stderr)
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **train(config, problem, method, trainer, seed, name))
+            found = train(config, problem, method, trainer, seed, name)
+            with results.whole(path) as file:  # what is there counts as done
+                np.savez(file, **found)
         runs[name] = [dict(np.load(path)) for path in paths]
     rows = [summarise(problem, name, chosen[name], runs[name]) for name in chosen]
     text = table(rows, config)
-    (run.workdir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    results.save(run.workdir / "results.json", rows)
     (run.workdir / "table.md").write_text(text)
     draw_fields(run.workdir / "fields.png", problem, {name: found[0]["field"] for name, found in runs.items()})
     print(text)

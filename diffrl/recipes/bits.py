@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from diffrl.data.source import Source
 from diffrl.diffusion import dequantisation, likelihood, ode_likelihood
@@ -59,7 +58,7 @@ def exact(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
     process = model.diffusion.process
     # A table's network has not seen noise below that of its first step.
     high = float(log_snr(process, jnp.asarray(1.0 / config.diffusion.table_steps))) if _has_table(session) else 13.3
-    grid = ode_likelihood.log_snr_grid(process, config.eval.nll_steps, min(high, 13.3))
+    grid = ode_likelihood.noising_grid(process, config.eval.nll_steps, min(high, 13.3))
     dequantisers = {
         "uniform": dequantisation.uniform,
         "truncated_normal": dequantisation.truncated_normal(process, grid[0]),
@@ -102,10 +101,8 @@ def _bits(session: Session, held_out: Source, num: int, measure: Callable, purpo
     label = None if session.model.num_classes is None else label
     key = jax.random.fold_in(jax.random.key(session.config.sample.seed), purpose)
     keys = sample_keys(key, num)
-    size = min(num, session.config.sample.batch)
-    values = []
-    for i in tqdm(range(0, num, size), desc="bits/dim", unit="batch", leave=False):
-        rows = np.resize(np.arange(i, min(i + size, num)), size)  # the last batch is padded: one program for all
-        part = measure(keys[rows], x[rows], None if label is None else label[rows])
-        values.append(np.asarray(part)[: min(size, num - i)])
-    return np.concatenate(values)
+
+    def of_rows(rows):
+        return measure(keys[rows], x[rows], None if label is None else label[rows])
+
+    return scores.in_batches(of_rows, num, session.config.sample.batch, desc="bits/dim")

@@ -59,8 +59,8 @@ def make_ruler(session: Session, held_out: Source) -> tuple[Ruler, dict[str, flo
         raise UserError("fidelity is measured by a judge: set eval.judge and, for a ResNet, eval.judge_weights")
     num = min(session.config.eval.samples, held_out.length)
     x, labels = labelled(held_out, num)
-    everything, some = (judge.features(labelled(session.source, n)[0]) for n in (session.source.length, num))
-    moments = frechet.update(frechet.Moments.empty(some.shape[1]), everything)
+    some = judge.features(labelled(session.source, num)[0])
+    moments = scores.moments(judge, session.source)
     ruler = Ruler(num, judge, moments, some, precision_recall.spread(x, labels), float(x.std()))
     return ruler, ruler.measure(x, labels)
 

@@ -17,7 +17,7 @@ from diffrl.diffusion import classifier_guidance, times
 from diffrl.diffusion.process import add_noise, scales
 from diffrl.errors import UserError
 from diffrl.nets.classifier import NoisyClassifier
-from diffrl.recipes import images
+from diffrl.recipes import images, scores
 from diffrl.recipes.denoising import Diffusion
 from diffrl.recipes.images import ImageConfig, Session
 from diffrl.train.optim import OptimConfig
@@ -89,12 +89,15 @@ def logits(session: Session, params: Any, x: Array, t: Array) -> Array:
 
 def accuracies(session: Session, params: Any, x: np.ndarray, label: np.ndarray, at: tuple[float, ...]) -> list[float]:
     """The share of the noised images [N, H, W, C] that is recognised at each of the times."""
-    x0, eps = jnp.asarray(x), jax.random.normal(jax.random.key(0), x.shape)
+    eps = np.asarray(jax.random.normal(jax.random.key(0), x.shape))
 
     @jax.jit
-    def accuracy(params, t):
-        t = jnp.full(len(x), t)
+    def classify(params, x0, eps, t):
+        t = jnp.full(len(x0), t)
         xt = add_noise(session.model.diffusion.process, x0, t, eps)
-        return (logits(session, params, xt, t).argmax(axis=1) == label).mean()
+        return logits(session, params, xt, t).argmax(axis=1)
 
-    return [float(accuracy(params, t)) for t in at]
+    def accuracy(t):
+        return (scores.in_batches(lambda rows: classify(params, x[rows], eps[rows], t), len(x)) == label).mean()
+
+    return [float(accuracy(t)) for t in at]

@@ -1,12 +1,14 @@
 """How good are the samples: a judge's verdicts and the Fréchet distance on its features; the held-out loss."""
 
+import functools
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from diffrl.data.catalog import make_source
 from diffrl.data.pipeline import to_unit
@@ -63,6 +65,12 @@ def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
     return denoising.choose("eval.judge", config.judge, {"mlp": mlp, "resnet": resnet})()
 
 
+def moments(judge: judges.Judge, source: Source) -> frechet.Moments:
+    """Of the judge's features of all images of a source."""
+    chunks = [np.arange(i, min(i + CHUNK, source.length)) for i in range(0, source.length, CHUNK)]
+    return frechet.moments(judge.features, (_images(source, chunk)[0] for chunk in chunks))
+
+
 def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, Any]:
     """Recognised classes and Fréchet distance of fresh samples, each beside the value of held-out real images.
 
@@ -77,9 +85,7 @@ def judge_samples(session: Session, params: Any, held_out: Source) -> dict[str, 
     labels = None if classes is None else np.resize(np.arange(classes, dtype=np.int32), num)
     key = jax.random.fold_in(jax.random.key(session.config.sample.seed), 1)
     fake = make_generator(session.config, session.model, session.devices, key)(params, labels, num)
-    source = session.source
-    chunks = [np.arange(i, min(i + CHUNK, source.length)) for i in range(0, source.length, CHUNK)]
-    reference = frechet.moments(judge.features, (_images(source, chunk)[0] for chunk in chunks))
+    reference = moments(judge, session.source)
     distance = [frechet.frechet_distance(frechet.moments(judge.features, [x]), reference) for x in (fake, real)]
     scores = {"judge": judge.name, "samples": num, "frechet": distance[0], "frechet_real": distance[1]}
     if labels is not None:
@@ -97,15 +103,31 @@ def held_out_loss(session: Session, params: Any, held_out: Source, draws: int = 
     x, label = _images(held_out, np.arange(held_out.length))
 
     @jax.jit
-    def mean_loss(params, key, x, label):
+    def losses(params, key, ids, x, label):
         def network(x, t, cond):
             return model.apply(params, x, model.diffusion.network_time(t), cond, None)
 
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
-        return model.diffusion.objective(network, x, label, keys)[0].mean()
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, ids)
+        return model.diffusion.objective(network, x, label, keys)[0]
 
-    label = None if model.num_classes is None else label
-    return float(np.mean([mean_loss(params, jax.random.key(i), x, label) for i in range(draws)]))
+    def draw(seed, rows):
+        given = None if model.num_classes is None or label is None else label[rows]
+        return losses(params, jax.random.key(seed), rows, x[rows], given)
+
+    return float(np.mean([in_batches(functools.partial(draw, seed), len(x)) for seed in range(draws)]))
+
+
+def in_batches(measure: Callable[[np.ndarray], Any], num: int, batch: int = 500, desc: str = "") -> np.ndarray:
+    """What `measure`, indices [B] -> [B, ...], says of 0 ... `num` - 1; with a progress bar where `desc` is set.
+
+    All batches are of one size, so that a compiled program serves them all: the last one repeats its indices.
+    """
+    size = min(num, batch)
+    found = []
+    for i in tqdm(range(0, num, size), desc=desc, unit="batch", leave=False, disable=not desc):
+        rows = np.resize(np.arange(i, min(i + size, num)), size)
+        found.append(np.asarray(measure(rows))[: num - i])
+    return np.concatenate(found)
 
 
 def held_out_source(session: Session) -> Source | None:

@@ -19,7 +19,6 @@ W1 about those of exact samples.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler, sample, start
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
+from diffrl.recipes import results
 
 Array = jax.Array
 BLUE, RED, GREEN = plots.COLOURS[:3]
@@ -50,6 +50,7 @@ class Config:
     shown: int = config_lib.leaf(10, "paths drawn in each picture")
     steps: int = config_lib.leaf(500, "steps of each simulated path")
     cells: int = config_lib.leaf(96, "cells along each axis of the plane")
+    only: tuple[str, ...] = config_lib.leaf((), "only these pictures; all if empty", free=True)
     seed: int = 0
 
 
@@ -321,7 +322,14 @@ def draw_paths(axes, m: mixtures.Mixture, noising: Process, times: np.ndarray, p
 
 # --- The experiment --------------------------------------------------------------------------------------------------
 
-PARTS: tuple[Callable, ...] = (paths, langevin_dynamics, double_well, marginals, reversal)
+# Each by the name of its picture: (config, key, folder) -> rows.
+PARTS: dict[str, Callable] = {
+    "paths": paths,
+    "langevin": langevin_dynamics,
+    "double_well": double_well,
+    "marginals": marginals,
+    "reversal": reversal,
+}
 
 
 def main(config: Config, run: config_lib.Run) -> None:
@@ -329,13 +337,17 @@ def main(config: Config, run: config_lib.Run) -> None:
         value, least = dataclasses.asdict(config)[name], {"steps": 20, "cells": 16}.get(name, 2)
         if value < least:
             raise UserError(f"--config.{name}={value}: choose {least} or more")
+    for name in config.only:
+        if name not in PARTS:
+            raise UserError(f"--config.only={name!r} is no picture: choose from {', '.join(PARTS)}")
     run.workdir.mkdir(parents=True, exist_ok=True)
-    key = jax.random.key(config.seed)
-    rows = [row for n, part in enumerate(PARTS) for row in part(config, jax.random.fold_in(key, n), run.workdir)]
+    key, rows = jax.random.key(config.seed), []
+    for n, (name, part) in enumerate(PARTS.items()):
+        if name in (config.only or PARTS):
+            rows += part(config, jax.random.fold_in(key, n), run.workdir)
     text = table(rows)
     (run.workdir / "table.md").write_text(text, encoding="utf-8")
-    results = json.dumps([row._asdict() for row in rows], indent=1, default=float)
-    (run.workdir / "results.json").write_text(results + "\n")
+    results.save(run.workdir / "results.json", [row._asdict() for row in rows])
     print(text)
     print(f"everything lies in {run.workdir}")
 

@@ -3,7 +3,7 @@
     python -m experiments.editing                                # digits: four minutes on two CPU cores
     python -m experiments.editing --config.model=WORKDIR         # with the model of an experiments.ddpm run
     python -m experiments.editing --preset=faces --config.base.data.dir=olivetti_64x64.npz \\
-        --config.lpips_weights=lpips_alexnet.npz                 # 64x64 faces, on a GPU
+        --config.lpips_weights=lpips_v0.1_alexnet_flax_hwio.npz  # 64x64 faces, on a GPU
 
 Held-out images lose pixels in four ways, are made smaller, or blurred under noise, and are restored by replacement
 (Song et al., 2021), RePaint (Lugmayr et al., 2022), DDNM (Wang et al., 2023), PiGDM (Song et al., 2023) and DPS (Chung
@@ -16,7 +16,6 @@ nearer to real images, and farther from themselves, as the start time rises.
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -29,7 +28,6 @@ import numpy as np
 
 from diffrl import config as config_lib
 from diffrl.data.catalog import DataConfig, make_source
-from diffrl.data.pipeline import to_unit
 from diffrl.data.source import Source
 from diffrl.diffusion import constraints, guidance, operators, samplers, times
 from diffrl.diffusion.operators import Operator
@@ -38,12 +36,14 @@ from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, lpips
 from diffrl.pretrained import lpips_alexnet
 from diffrl.recipes import denoising, images, restoration, scores
+from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
 from diffrl.recipes.restoration import RestorationConfig
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
-NOISE = 301  # what a sample's key is folded with for the noise of its measurement
+# What a sample's key is folded with for the noise of its measurement: no step's number, nor a purpose of `sampling`'s.
+NOISE = np.uint32(2**32 - 101)
 
 
 @dataclasses.dataclass
@@ -53,7 +53,9 @@ class Config:
     base: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     restoration: RestorationConfig = dataclasses.field(default_factory=RestorationConfig)
     model: str = config_lib.leaf("", "workdir of a trained experiments.ddpm run; empty trains `base`", free=True)
-    lpips_weights: str = config_lib.leaf("", ".npz of LPIPS on AlexNet; empty leaves LPIPS out", free=True)
+    lpips_weights: tuple[str, ...] = config_lib.leaf(
+        (), "the .npz of LPIPS with its AlexNet, or one of each; none leaves LPIPS out", free=True
+    )
     tasks: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
     count: int = config_lib.leaf(48, "held-out images", free=True)
@@ -97,7 +99,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     check(config, session)
     perceptual = None
     if config.lpips_weights:
-        apply, weights = lpips_alexnet.load(config.lpips_weights)
+        apply, weights = lpips_alexnet.load(*config.lpips_weights)
         jax.eval_shape(apply, weights, np.zeros((1, *session.model.shape)))
 
         def perceptual(a, b):
@@ -105,13 +107,13 @@ def main(config: Config, run: config_lib.Run) -> None:
 
     params = (images.restored_state if config.model else images.train)(session).ema
     judge = scores.make_judge(session, held_out)
-    bench = Bench(session, params, *_spread(held_out, config.count), judge, perceptual)
-    collages = bench._replace(originals=_spread(held_out, config.collages)[0])
+    bench = Bench(session, params, *scores.spread(held_out, config.count), judge, perceptual)
+    collages = bench._replace(originals=scores.spread(held_out, config.collages)[0])
     results = {
         "restoration": restore_all(config, bench, run.workdir),
         "sdedit": edit_all(config, collages, run.workdir),
     }
-    (run.workdir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results_lib.save(run.workdir / "results.json", results)
     text = table(bench, **results)
     (run.workdir / "table.md").write_text(text)
     print(text)
@@ -121,9 +123,7 @@ def main(config: Config, run: config_lib.Run) -> None:
 def open_model(config: Config, run: config_lib.Run) -> tuple[Session, Source]:
     """The model's session and images that it has not seen: the test split, or else every tenth."""
     if config.model:
-        argv = [f"--workdir={config.model}", "--mode=sample"]
-        saved, started, _ = config_lib.parse(argv, {"": ImageConfig}, ("train", "sample"))
-        session = images.open_session(saved, started)
+        session = images.open_trained(config.model)
     else:
         session = images.open_session(config.base, run._replace(workdir=run.workdir / "model"))
     try:
@@ -138,12 +138,6 @@ def open_model(config: Config, run: config_lib.Run) -> tuple[Session, Source]:
 def _subset(source: Source, chosen: np.ndarray) -> Source:
     rows = np.flatnonzero(chosen)
     return source._replace(length=len(rows), fetch=lambda indices: source.fetch(rows[indices]))
-
-
-def _spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """At most `num` images in [-1, 1], spread over the set, and their labels."""
-    batch = source.fetch(np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
-    return to_unit(batch["x"]), batch.get("label")
 
 
 def check(config: Config, session: Session) -> None:
@@ -209,7 +203,7 @@ def restoration_methods(config: Config, session: Session) -> dict[str, restorati
     """Those that `config.methods` names, or all, on a linear grid."""
     diffusion = session.model.diffusion
     settings = dataclasses.replace(session.config.sample, steps=config.restoration.steps, grid="linear")
-    grid = denoising.make_grid(diffusion, settings, config.base.diffusion.table_steps)
+    grid = denoising.make_grid(diffusion, settings, session.config.diffusion.table_steps)
     every = restoration.methods(config.restoration, diffusion.process, grid)
     return _only("methods", config.methods, every)
 
@@ -289,8 +283,7 @@ def edit_all(config: Config, bench: Bench, workdir: pathlib.Path) -> list[dict]:
         {"start": name, "distance": float(np.sqrt(((x - collage) ** 2).mean()))} for name, x in rows.items()
     ]
     if bench.judge is not None:
-        features, source = bench.judge.features, bench.session.source
-        real = frechet.moments(features, [to_unit(source.fetch(np.arange(source.length))["x"])])
+        features, real = bench.judge.features, scores.moments(bench.judge, bench.session.source)
         results.append({"start": "held-out images"})
         for result, x in zip(results, [*rows.values(), originals], strict=True):
             result["frechet"] = frechet.frechet_distance(frechet.moments(features, [x]), real)

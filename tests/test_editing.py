@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from diffrl import config as config_lib
+from diffrl.evaluate import lpips
+from diffrl.pretrained import lpips_alexnet
 from diffrl.recipes import images
 from experiments import editing
 
@@ -69,10 +71,31 @@ def test_with_the_model_of_another_run(tmp_path):
     assert "PiGDM" in (tmp_path / "editing" / "table.md").read_text()
 
 
+def test_lpips_with_the_published_weights(tmp_path, data_dir):
+    faces, weights = (
+        data_dir / "faces" / "olivetti_64x64.npz",
+        data_dir / "metrics" / "lpips_v0.1_alexnet_flax_hwio.npz",
+    )
+    for path in (faces, weights):
+        if not path.is_file():
+            pytest.skip(f"{path} is absent")
+    flags = ["--config.base.data.name=npz", f"--config.base.data.dir={faces}", "--config.count=4", "--config.factor=4"]
+    only = ["--config.tasks=('4 times smaller',)", "--config.methods=('DDNM',)"]
+    run(tmp_path, *QUICK, *flags, *only, f"--config.lpips_weights={weights}")
+    enlarged, restored = json.loads((tmp_path / "results.json").read_text())["restoration"]
+    # Of 400 images every tenth is held out; four of these 40 are taken, and made smaller by the mean of 4x4 pixels.
+    x = np.load(faces)["images"][9::10][[0, 13, 26, 39], ..., None] / np.float32(127.5) - 1
+    means = x.reshape(4, 16, 4, 16, 4, 1).mean(axis=(2, 4))
+    expected = lpips.measure(*lpips_alexnet.load(weights), means.repeat(4, axis=1).repeat(4, axis=2), x).mean()
+    assert enlarged["lpips"] == pytest.approx(expected, rel=1e-3)
+    assert restored["lpips"] > 0
+    assert f"| {restored['lpips']:.3f} | 4 |" in (tmp_path / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.model=nowhere", "no run here"),
+        ("--config.model=nowhere", "model=nowhere: no run here"),
         ("--config.factor=3", "cannot be made 3 times smaller"),
         ("--config.tasks=('hidden',)", "tasks='hidden' is not known: choose one of right half hidden"),
         ("--config.methods=('DDRM',)", "methods='DDRM' is not known"),

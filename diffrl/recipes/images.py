@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from diffrl.config import Run, leaf
+from diffrl.config import Run, from_dict, leaf
+from diffrl.config_tree import read
 from diffrl.data.catalog import DataConfig, make_source
 from diffrl.data.pipeline import loader
 from diffrl.data.prefetch import Prefetch
@@ -209,6 +210,18 @@ def open_session(config: ImageConfig, run: Run) -> Session:
         Checkpoints(run.workdir / "checkpoints", config.train.keep),
         Writers(run.workdir),
     )
+
+
+def open_trained(workdir: str) -> Session:
+    """The session of a model that an earlier run of `open_session`'s config trained, for `restored_state`.
+
+    Raises UserError where there is none.
+    """
+    path = pathlib.Path(workdir)
+    saved = read(path)
+    if saved is None or "unet" not in saved["config"]:
+        raise UserError(f"model={workdir}: no run here that trained an image model; name the workdir of one")
+    return open_session(from_dict(ImageConfig(), saved["config"]), Run(path, "sample", saved["preset"]))
 
 
 def initial_state(session: Session) -> TrainState:

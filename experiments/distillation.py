@@ -11,15 +11,14 @@ curriculum), and students of 16, 8, 4, 2 and 1 steps, each distilled from the on
 The scores are the sliced Wasserstein distance of samples to as many held-out points, and their precision: the share
 that lies as close to a held-out point as its third neighbour does.  Expected on the checkerboard: the teacher's DDIM at
 1, 4 and 32 calls has a distance of 0.47, 0.13 and 0.018; in one call consistency distillation 0.010 and progressive
-distillation what its teacher needs 32 for; training data 0.009.  Consistency training is the slowest to learn: after
-these few steps it knows the square (0.03), but not the board.
+distillation what its teacher needs 32 for; training data 0.009.  Consistency training is the slowest to learn: 0.017 in
+one call and 0.015 in four, with a precision of 85 % and 91 % where training data have 98 %.
 
 Ends with a table (table.md, results.json), a plot of distance against network calls (quality.png) and the samples
 (samples.png).  A second run of the same command goes on where the first stopped.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,8 +36,9 @@ from diffrl.diffusion import consistency, distillation, prediction, samplers, ti
 from diffrl.diffusion.sampling import sample, start
 from diffrl.errors import UserError
 from diffrl.evaluate import grids, plots, precision_recall
+from diffrl.evaluate.wasserstein import sliced_wasserstein
 from diffrl.nets.mlp import MLP
-from diffrl.recipes import denoising, images
+from diffrl.recipes import denoising, images, results
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.images import ImageConfig, Model, UNetConfig
 from diffrl.train import loop, mesh, optim, state, step
@@ -72,8 +72,8 @@ class Config:
     consistency_steps: int = config_lib.leaf(4000, "updates of each consistency model")
     stage_steps: int = config_lib.leaf(1000, "updates of each of the progressive students")
     rungs: int = config_lib.leaf(32, "N of consistency distillation")
-    curriculum: tuple[int, ...] = config_lib.leaf((8, 64), "first and last N of consistency training")
-    huber: float = config_lib.leaf(0.03, "c of the pseudo-Huber metric")
+    huber: float = config_lib.leaf(0.03, "c of consistency distillation's pseudo-Huber metric")
+    curriculum: tuple[int, ...] = config_lib.leaf((10, 1280), "first and last N of consistency training")
     first_student: int = config_lib.leaf(16, "steps of the first progressive student, a power of 2")
     samples: int = config_lib.leaf(8192, "drawn for each score; at most the held-out split", free=True)
 
@@ -153,15 +153,17 @@ def distilled_loss(config: Config, model: Model) -> Callable:
 def trained_loss(config: Config, model: Model) -> Callable:
     """Improved consistency training: the model is its own target, and N follows `state.step`."""
     process, head = model.diffusion.process, model.diffusion.head
-    metric = consistency.pseudo_huber(config.huber)
+    ladder, draw = consistency.karras_ladder(process), times.log_normal(process, -1.1, 2.0)
+    metric, weight = consistency.pseudo_huber(), consistency.inverse_gap(process)
 
     def loss(params, state, batch, keys):
         num = consistency.curriculum(state.step, config.consistency_steps, *config.curriculum)
-        pairs = consistency.neighbours(consistency.even_ladder(), times.uniform(0.0), num)
-        objective = consistency.consistency_training(process, head, pairs, metric)
+        objective = consistency.consistency_training(
+            process, head, consistency.neighbours(ladder, draw, num), metric, weight
+        )
         models = network(model, params), network(model, params)
         value, metrics = objective(*models, batch["x"], label_of(model, batch), keys)
-        return num * value.mean(), Aux(metrics)  # neighbours' differences shrink as 1 / N
+        return value.mean(), Aux(metrics)
 
     return loss
 
@@ -253,14 +255,6 @@ def draw(sampler, problem: Problem, grid, keys, label):
 # --- Scores ----------------------------------------------------------------------------------------------------------
 
 
-def sliced_wasserstein(a: np.ndarray, b: np.ndarray, directions: int = 256) -> float:
-    """Mean Wasserstein-1 distance of the projections of two sets [N, ...] on random unit vectors."""
-    a, b = (x.reshape(len(x), -1) for x in (a, b))
-    unit = np.random.default_rng(0).normal(size=(a.shape[1], directions))
-    unit /= np.linalg.norm(unit, axis=0)
-    return float(np.abs(np.sort(a @ unit, axis=0) - np.sort(b @ unit, axis=0)).mean())
-
-
 def evaluate(problem: Problem, methods: dict[str, dict[int, Callable]]) -> tuple[list[dict], dict[str, np.ndarray]]:
     """A row for each method and number of network calls, after one for training data; and the samples by name."""
     held_out = make_source(problem.config.data, "test")
@@ -271,8 +265,9 @@ def evaluate(problem: Problem, methods: dict[str, dict[int, Callable]]) -> tuple
 
     def row(name: str, calls: int, x: np.ndarray) -> dict:
         x = x.reshape(num, -1)
+        distance = sliced_wasserstein(x, points, directions=256)
         precision = precision_recall.covered(x, points, radius)
-        return {"method": name, "calls": calls, "distance": sliced_wasserstein(x, points), "precision": precision}
+        return {"method": name, "calls": calls, "distance": distance, "precision": precision}
 
     keys = jax.random.split(jax.random.key(problem.config.seed + 1), num)
     samples = {"data": to_unit(data["x"])}
@@ -337,7 +332,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     problem = Problem(config, source, build(config, source), run.workdir)
     rows, samples = evaluate(problem, train(problem))
     text = table(rows, len(samples["data"]))
-    (run.workdir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    results.save(run.workdir / "results.json", rows)
     (run.workdir / "table.md").write_text(text)
     names = dict.fromkeys(row["method"] for row in rows[1:])
     lines = {name: np.array([(r["calls"], r["distance"]) for r in rows if r["method"] == name]).T for name in names}

@@ -233,7 +233,7 @@ def test_free_leaves_may_change_and_other_modes_save_nothing(tmp_path, capsys):
 def test_limits_hold_in_presets_and_saved_files(tmp_path):
     with pytest.raises(UserError, match=r"--config\.steps=0: expected at least 1"):
         config_lib.parse([], {"broken": lambda: Config(steps=0)})
-    with pytest.raises(UserError, match="betas=.*nan.*: expected at least 0 and below 1"):
+    with pytest.raises(UserError, match=r"betas=.*nan.*: expected at least 0 and below 1"):
         config_lib.parse([], {"broken": lambda: Config(optim=Optim(betas=(float("nan"), 0.9)))})
     launch("--workdir=w")
     saved = (tmp_path / "w/config.json").read_text()

@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
 
 from diffrl.config import leaf
 from diffrl.diffusion import dpm_solver, guidance, losses, prediction, process, samplers, times, unipc
 from diffrl.diffusion.sampling import Sampler, fold, sample, start
 from diffrl.errors import UserError
+from diffrl.train import mesh
 from diffrl.train.state import Aux
 
 Array = jax.Array
@@ -26,13 +29,15 @@ class DiffusionConfig:
     process: str = leaf(
         "cosine", "cosine, linear, sub_vp, flow, ve, or a table: ddpm (linear betas), improved (cosine)"
     )
-    table_steps: int = leaf(1000, "T, the steps of a table")
+    table_steps: int = leaf(1000, "T, the steps of a table", at_least=2)
     prediction: str = leaf("v", "what the network predicts: eps, x0, v, score, velocity or edm")
     times: str = leaf("uniform", "how t is drawn: uniform, discrete (a table's steps), log_normal or logit_normal")
     weight: str = leaf("none", "none (the head's own), snr, snr_plus_one, min_snr, p2, edm, sigmoid or variational")
     learned_variance: bool = leaf(False, "improved DDPM's hybrid loss: the network learns the reverse variance too")
-    sigma_data: float = leaf(0.5, "standard deviation of the data, for edm")
-    drop_label: float = leaf(0.1, "how often the label is replaced by the null class in training")
+    sigma_data: float = leaf(0.5, "standard deviation of the data, for edm", above=0)
+    drop_label: float = leaf(
+        0.1, "how often the label is replaced by the null class in training", at_least=0, at_most=1
+    )
 
 
 @dataclasses.dataclass
@@ -40,14 +45,16 @@ class SampleConfig:
     """How samples are drawn; may differ from one use of a model to the next."""
 
     sampler: str = leaf("ddim", "ancestral, ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde or unipc", free=True)
-    steps: int = leaf(50, "steps of the sampler", free=True)
+    steps: int = leaf(50, "steps of the sampler", free=True, at_least=1)
     grid: str = leaf("linear", "linear, table (a table's own steps), karras or log_snr", free=True)
-    eta: float = leaf(0.0, "ddim: 0 is deterministic, 1 has the posterior's variance", free=True)
-    variance: float = leaf(0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True)
+    eta: float = leaf(0.0, "ddim: 0 is deterministic, 1 has the posterior's variance", free=True, at_least=0, at_most=1)
+    variance: float = leaf(
+        0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True, at_least=0, at_most=1
+    )
     guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
     clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]", free=True)
-    batch: int = leaf(256, "samples drawn at a time", free=True)
-    count: int = leaf(100, "samples that --mode=sample draws, classes in turn", free=True)
+    batch: int = leaf(256, "samples drawn at a time", free=True, at_least=1)
+    count: int = leaf(100, "samples that --mode=sample draws, classes in turn", free=True, at_least=1)
     seed: int = leaf(0, "of the samples", free=True)
 
 
@@ -72,12 +79,16 @@ def make_diffusion(config: DiffusionConfig, fourier: bool = False) -> Diffusion:
     """The parts that `config` names.  fourier: the network's time features expect a time of order 1, not of order 1000.
 
     Raises:
-      UserError: an unknown name, or learned variance without a table.
+      UserError: an unknown name, or learned variance without a table or with another draw of times.
     """
-    tables = {"ddpm": process.linear_betas, "improved": process.cosine_betas}
+    length = config.table_steps
+    # DDPM's betas are 0.1 / T ... 20 / T: with those of T = 1000, a shorter table would not end in noise.
+    tables = {
+        "ddpm": lambda: np.minimum(process.linear_betas(length, 0.1 / length, 20 / length), 0.999),
+        "improved": lambda: process.cosine_betas(length),
+    }
     if config.process in tables:
-        betas = tables[config.process](config.table_steps)
-        chosen = process.tabulated(process.alpha_bars(betas))
+        chosen = process.tabulated(process.alpha_bars(tables[config.process]()))
     else:
         curves = {
             "cosine": process.cosine,
@@ -117,6 +128,11 @@ def make_diffusion(config: DiffusionConfig, fourier: bool = False) -> Diffusion:
     if config.learned_variance and config.process not in tables:
         raise UserError(
             f"diffusion.learned_variance needs a table: set diffusion.process to one of {', '.join(tables)}"
+        )
+    if config.learned_variance and config.times not in ("uniform", "discrete"):
+        raise UserError(
+            f"diffusion.times={config.times}: a learned variance is trained at the table's steps, all alike; "
+            "set diffusion.times=discrete"
         )
     if config.learned_variance:
         objective = losses.hybrid(chosen, head, jnp.arange(config.table_steps + 1) / config.table_steps, weight)
@@ -166,9 +182,6 @@ def make_denoiser(diffusion: Diffusion, apply: Callable, params: Any) -> Callabl
 
 def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None) -> Sampler:
     """The configured sampler, with guidance and clipping around the denoiser."""
-    for name, value in (("eta", config.eta), ("variance", config.variance)):
-        if not 0.0 <= value <= 1.0:
-            raise UserError(f"sample.{name}={value}: choose a value from 0 to 1")
     if num_classes is not None and config.guidance != 1.0:
         denoise = guidance.classifier_free(denoise, config.guidance, num_classes)
     if config.clip:
@@ -213,3 +226,22 @@ def draw(
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, ids)
     x = start(diffusion.process, keys, (len(ids), *shape), grid[0])
     return sample(sampler, keys, x, grid, label)
+
+
+def in_chunks(
+    draw: Callable[[dict], Array], labels: np.ndarray | None, num: int, batch: int, devices: jax.sharding.Mesh
+) -> np.ndarray:
+    """What `draw` makes of {"id": 0 ... `num` - 1, "label": theirs, if there are any}, about `batch` at a time.
+
+    All chunks have one size, which the devices can share, so that one compiled program serves them: the last is padded.
+    """
+    parts = mesh.batch_parts(devices)
+    size = max(1, min(batch, num) // parts) * parts
+    starts = range(0, num, size)
+    made = []
+    for first in tqdm(starts, desc="sampling", unit="batch", disable=len(starts) < 4, leave=False):
+        part = {"id": np.arange(first, first + size)}
+        if labels is not None:
+            part["label"] = np.resize(labels[first:num], size)
+        made.append(mesh.fetch(draw(mesh.put_global(devices, part))))
+    return np.concatenate(made)[:num]

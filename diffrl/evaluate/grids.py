@@ -9,6 +9,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -101,7 +102,12 @@ def label_rows(picture: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def save_png(path: str | pathlib.Path, picture: np.ndarray) -> None:
-    """Writes a picture [H, W, C], float in [-1, 1] or uint8, and makes its folder; raises UserError if it cannot."""
+    """Writes a picture [H, W, C], float in [-1, 1] or uint8, and makes its folder; raises UserError if it cannot.
+
+    On processes other than the first it does nothing: a file has one author.
+    """
+    if jax.process_index() != 0:
+        return
     path = pathlib.Path(path)
     picture = to_uint8(picture)
     try:

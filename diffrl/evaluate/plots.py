@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,7 +105,9 @@ def panels(
 
 
 def save(path: str | pathlib.Path, figure: Figure) -> None:
-    """Writes a figure, and makes its folder; raises UserError if it cannot."""
+    """Writes a figure, on the first process only, and makes its folder; raises UserError if it cannot."""
+    if jax.process_index() != 0:
+        return
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

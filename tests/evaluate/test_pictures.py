@@ -1,5 +1,6 @@
 """Grids and plots: pixel-exact where that is defined, else that a readable file appears."""
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -52,6 +53,13 @@ def test_png_round_trip(tmp_path):
         picture = np.random.default_rng(1).integers(0, 256, (5, 7, channels), np.uint8)
         grids.save_png(tmp_path / "new" / "p.png", picture)
         assert np.array_equal(np.asarray(Image.open(tmp_path / "new" / "p.png")).reshape(picture.shape), picture)
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    grids.save_png(tmp_path / "p.png", np.zeros((2, 2, 1), np.uint8))
+    plots.curves(tmp_path / "loss.png", {"x": ([0, 1], [1, 2])}, "step", "loss")
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_write_files_of_their_kind(tmp_path):

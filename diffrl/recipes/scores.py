@@ -1,6 +1,7 @@
 """How good are the samples: a judge's verdicts and the Fréchet distance on its features; the held-out loss."""
 
 import functools
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from diffrl.data import cifar
 from diffrl.data.catalog import make_source
 from diffrl.data.pipeline import to_unit
-from diffrl.data.source import Source
+from diffrl.data.source import Source, matched
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, judges
 from diffrl.pretrained import cifar_resnet
@@ -20,6 +22,7 @@ from diffrl.recipes import denoising
 from diffrl.recipes.images import EvalConfig, Session, make_generator
 
 CHUNK = 2000
+FITTED = 2**26  # pixels of training images that a judge is fitted to: 21,845 images of CIFAR-10, all of MNIST
 
 
 def _images(source: Source, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
@@ -32,17 +35,26 @@ def spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
     return _images(source, np.linspace(0, source.length - 1, min(num, source.length)).astype(int))
 
 
-def check(config: EvalConfig) -> None:
-    """Raises UserError for a judge that will not be there when it is needed."""
+def check(config: EvalConfig, source: Source | None = None) -> None:
+    """Raises UserError for a judge that will not be there when it is needed, or that does not know these classes."""
     denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
     denoising.choose("eval.dequantisation", config.dequantisation, dict.fromkeys(("uniform", "truncated_normal")))
-    if config.judge_weights and not pathlib.Path(config.judge_weights).is_file():
+    if config.judge_weights and not pathlib.Path(config.judge_weights).expanduser().is_file():
         raise UserError(f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet")
+    if config.judge != "resnet" or not config.judge_weights or source is None or source.num_classes is None:
+        return
+    known = source.class_names in ((), cifar.CLASSES)
+    if source.shape != (32, 32, 3) or source.num_classes != len(cifar.CLASSES) or not known:
+        raise UserError(
+            f"eval.judge=resnet knows CIFAR-10 alone, not {source.num_classes} classes of {source.shape} in "
+            f"{source.name}: choose mlp or none"
+        )
 
 
 def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
     """The configured judge, or None (with the reason on stderr) where there can be none."""
     config = session.config.eval
+    check(config, session.source)
     if config.judge == "none":
         return None
     if session.source.num_classes is None:
@@ -55,11 +67,11 @@ def make_judge(session: Session, held_out: Source) -> judges.Judge | None:
     name = session.config.data.name
 
     def mlp() -> judges.Judge:
-        x, labels = _images(session.source, np.arange(session.source.length))
+        x, labels = spread(session.source, max(1, FITTED // math.prod(session.source.shape)))
         return judges.fit_mlp(f"MLP-{name}", x, labels, x_test, labels_test)
 
     def resnet() -> judges.Judge:
-        apply, params = cifar_resnet.load(config.judge_weights)
+        apply, params = cifar_resnet.load(pathlib.Path(config.judge_weights).expanduser())
         return judges.from_network(cifar_resnet.name(params), apply, params, x_test, labels_test)
 
     return denoising.choose("eval.judge", config.judge, {"mlp": mlp, "resnet": resnet})()
@@ -131,12 +143,16 @@ def in_batches(measure: Callable[[np.ndarray], Any], num: int, batch: int = 500,
 
 
 def held_out_source(session: Session) -> Source | None:
-    """The test split, or None (with the reason on stderr) where the data set has none."""
+    """The test split with the training set's labels, or None (with the reason on stderr) where there is none.
+
+    Raises UserError for a split that is not of the training set's kind.
+    """
     try:
-        return make_source(session.config.data, session.config.eval.split)
+        source = make_source(session.config.data, session.config.eval.split)
     except UserError as error:
         print(f"no held-out images, so no scores: {error}", file=sys.stderr)
         return None
+    return matched(source, session.source)
 
 
 def report(scores: dict[str, Any]) -> str:

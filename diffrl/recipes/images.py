@@ -1,6 +1,7 @@
 """A diffusion model of images, from config to checkpoints, samples and scores: what the image experiments share."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -10,10 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from diffrl.config import Run, from_dict, leaf
-from diffrl.config_tree import read
+from diffrl.config import Run, from_dict, leaf, read
 from diffrl.data.catalog import DataConfig, make_source
 from diffrl.data.pipeline import loader
 from diffrl.data.prefetch import Prefetch
@@ -37,34 +36,34 @@ Array = jax.Array
 class UNetConfig:
     """The network; see `diffrl.nets.unet.UNet` for what each field means."""
 
-    channels: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 2
+    channels: int = leaf(128, at_least=1)
+    multipliers: tuple[int, ...] = leaf((1, 2, 2, 2), at_least=1)
+    blocks: int = leaf(2, at_least=0)
     attention: tuple[int, ...] = leaf((16,), "sizes of the first spatial axis at which every block attends")
     middle_attention: bool = True
-    heads: int = 1
-    head_dim: int | None = None
+    heads: int = leaf(1, at_least=1)
+    head_dim: int | None = leaf(None, at_least=1)
     scale_shift: bool = False
     resample_blocks: bool = False
-    dropout: float = 0.0
+    dropout: float = leaf(0.0, at_least=0, below=1)
     fourier: bool = False
-    groups: int = 32
+    groups: int = leaf(32, at_least=1)
     dtype: str = leaf("float32", "of convolutions and attention: float32, or bfloat16 on GPU and TPU")
     remat: bool = leaf(False, "recompute blocks in the backward pass: less memory, more time")
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    steps: int = leaf(1000, "updates in all", free=True)
-    batch_size: int = leaf(128, "of the global batch")
-    accumulate: int = leaf(1, "microbatches per update")
-    inner: int = leaf(1, "updates per dispatch", free=True)
-    ema_decay: float = 0.9999
+    steps: int = leaf(1000, "updates in all", free=True, at_least=1)
+    batch_size: int = leaf(128, "of the global batch", at_least=1)
+    accumulate: int = leaf(1, "microbatches per update", at_least=1)
+    inner: int = leaf(1, "updates per dispatch", free=True, at_least=1)
+    ema_decay: float = leaf(0.9999, at_least=0, below=1)
     ema_warmup: bool = leaf(True, "average over less while the run is young")
-    log_every: int = leaf(50, free=True)
-    sample_every: int = leaf(1000, "updates between grids of samples; 0 = none", free=True)
-    checkpoint_every: int = leaf(1000, free=True)
-    keep: int = leaf(3, "checkpoints that are kept", free=True)
+    log_every: int = leaf(50, free=True, at_least=1)
+    sample_every: int = leaf(1000, "updates between grids of samples; 0 = none", free=True, at_least=0)
+    checkpoint_every: int = leaf(1000, free=True, at_least=1)
+    keep: int = leaf(3, "checkpoints that are kept", free=True, at_least=1)
 
 
 @dataclasses.dataclass
@@ -72,11 +71,15 @@ class EvalConfig:
     judge: str = leaf("mlp", "mlp (fitted to the real images), resnet (needs judge_weights) or none", free=True)
     judge_weights: str = leaf("", ".npz of a published CIFAR-10 ResNet-20 or -56", free=True)
     split: str = leaf("test", "the held-out part of the data", free=True)
-    samples: int = leaf(10_000, "generated and held-out images compared; at most the held-out split", free=True)
-    bound_images: int = leaf(64, "held-out images whose bits/dim --mode=eval measures; 0 = none", free=True)
-    bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True)
-    nll_images: int = leaf(0, "held-out images whose exact bits/dim --mode=eval measures, by the ODE", free=True)
-    nll_steps: int = leaf(50, "steps of that ODE, four network calls with derivatives each", free=True)
+    samples: int = leaf(
+        10_000, "generated and held-out images compared; no more than the held-out split", free=True, at_least=1
+    )
+    bound_images: int = leaf(64, "held-out images whose bits/dim --mode=eval measures; 0 = none", free=True, at_least=0)
+    bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True, at_least=2)
+    nll_images: int = leaf(
+        0, "held-out images whose exact bits/dim --mode=eval measures, by the ODE", free=True, at_least=0
+    )
+    nll_steps: int = leaf(50, "steps of that ODE, four network calls with derivatives each", free=True, at_least=1)
     dequantisation: str = leaf("uniform", "for the exact bits/dim: uniform or truncated_normal", free=True)
 
 
@@ -84,7 +87,7 @@ class EvalConfig:
 class ImageConfig:
     """A diffusion model of images: data, network, objective, optimiser, loop, sampler, scores and devices."""
 
-    seed: int = 0
+    seed: int = leaf(0, at_least=0)
     conditional: bool = leaf(True, "use the labels, where the data have them")
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
@@ -123,9 +126,11 @@ class Model(NamedTuple):
 
 
 def build(config: ImageConfig, source: Source) -> Model:
-    """The network and the diffusion around it."""
-    if len(source.shape) != 3:
-        raise UserError(f"{source.name} has examples of shape {source.shape}: this experiment needs images [H, W, C]")
+    """The network and the diffusion around it.
+
+    Raises UserError where data and network do not suit each other.
+    """
+    _check_network(config.unet, source)
     diffusion = denoising.make_diffusion(config.diffusion, config.unet.fourier)
     fields = dataclasses.asdict(config.unet)
     fields["dtype"] = denoising.choose(
@@ -146,6 +151,24 @@ def build(config: ImageConfig, source: Source) -> Model:
         return network.apply({"params": params}, x, t, label, keys)
 
     return Model(apply, init, diffusion, source.shape, num_classes)
+
+
+def _check_network(config: UNetConfig, source: Source) -> None:
+    """Raises UserError for data that are no images, and for what the network would leave out in silence."""
+    if len(source.shape) != 3 or source.shape[-1] not in (1, 3, 4):
+        raise UserError(
+            f"{source.name} has examples of shape {source.shape}: this experiment needs images [H, W, C] "
+            "of 1, 3 or 4 channels"
+        )
+    if not config.multipliers:
+        raise UserError("unet.multipliers=(): give one for each level, as in (1,2,2)")
+    sizes = [source.shape[0] // 2**level for level in range(len(config.multipliers))]
+    absent = [size for size in config.attention if size not in sizes]
+    if absent:
+        raise UserError(
+            f"unet.attention={config.attention}: images of {source.shape[0]} rows never have {absent[0]}; "
+            f"choose from {', '.join(map(str, sizes))}, or () for none"
+        )
 
 
 def make_step(config: ImageConfig, model: Model) -> Callable:
@@ -173,14 +196,7 @@ def make_generator(config: ImageConfig, model: Model, devices: jax.sharding.Mesh
         return denoising.draw(sampler, model.diffusion, grid, key, part["id"], model.shape, part.get("label"))
 
     def generate(params, labels, num):
-        size = max(1, min(config.sample.batch, num) // devices.size) * devices.size
-        starts = range(0, num, size)
-        images = []
-        for first in tqdm(starts, desc="sampling", unit="batch", disable=len(starts) < 4, leave=False):
-            ids = np.arange(first, first + size)  # the last chunk is padded: one program for all
-            part = {"id": ids} if labels is None else {"id": ids, "label": np.resize(labels[first:num], size)}
-            images.append(mesh.fetch(chunk(params, mesh.put_global(devices, part))))
-        return np.concatenate(images)[:num]
+        return denoising.in_chunks(functools.partial(chunk, params), labels, num, config.sample.batch, devices)
 
     return generate
 
@@ -253,7 +269,7 @@ def prepare(session: Session, current: TrainState) -> tuple[Callable, TrainState
             workers=config.data.workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            devices=devices.size,
+            devices=mesh.batch_parts(devices),
         ),
         mesh.put_batch(devices, inner=settings.inner > 1),
         inner=settings.inner,
@@ -325,6 +341,8 @@ def labelled_grid(session: Session, images: np.ndarray, labels: np.ndarray | Non
 
 def plot_loss(session: Session) -> None:
     """The loss over the steps, from metrics.jsonl."""
+    if not session.writers.metrics.exists():  # its writer is the first process, maybe on another host
+        return
     lines = [json.loads(line) for line in session.writers.metrics.read_text().splitlines()]
     points = np.array([[line["step"], line["loss"]] for line in lines if line.get("loss") is not None])
     if len(points):
@@ -337,7 +355,10 @@ def describe(session: Session, current: TrainState) -> str:
     size = sum(leaf.size for leaf in jax.tree.leaves(current.params))
     shape = "x".join(map(str, session.model.shape))
     kind = session.devices.devices.flat[0].device_kind
+    names = session.source.class_names
+    some = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
+    classes = "no labels" if session.source.num_classes is None else f"{session.source.num_classes} classes{some}"
     return (
-        f"{session.source.name}: {session.source.length} images of {shape}; "
+        f"{session.source.name}: {session.source.length} images of {shape}, {classes}; "
         f"U-Net of {size / 1e6:.2f} M parameters on {session.devices.size} x {kind}"
     )

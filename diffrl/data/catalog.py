@@ -1,7 +1,6 @@
 """Which data set a run uses, as a person names it."""
 
 import dataclasses
-import difflib
 import os
 import pathlib
 
@@ -12,7 +11,7 @@ from diffrl.data.folder import folder
 from diffrl.data.npz import npz
 from diffrl.data.source import Source, cached
 from diffrl.data.tfds import tfds
-from diffrl.errors import UserError
+from diffrl.errors import UserError, nearest
 
 
 @dataclasses.dataclass
@@ -64,8 +63,7 @@ def make_source(config: DataConfig, split: str | None = None) -> Source:
     }
     key = "tfds:NAME" if family == "tfds" and member else config.name
     if key not in makers:
-        near = difflib.get_close_matches(config.name, makers, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(makers)}"
+        hint = nearest(config.name, makers, f"choose one of {', '.join(makers)}")
         raise UserError(f"no data set {config.name!r}: {hint}")
     source = images.resized(makers[key](), size, channels)
     return source if config.workers else cached(source, config.cache_mb * 2**20)

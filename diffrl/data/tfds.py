@@ -6,7 +6,6 @@ fetched by hand are taken from `DIR/downloads/manual` if their checksums are the
 """
 
 import dataclasses
-import difflib
 import importlib.util
 import io
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from diffrl.data import images
 from diffrl.data.source import Batch, Source, check_labels
-from diffrl.errors import UserError
+from diffrl.errors import UserError, nearest
 
 FORMAT = "array_record"
 
@@ -74,10 +73,8 @@ def _builder(library: Any, name: str, data_dir: str) -> Any:
     try:
         return library.builder(name, data_dir=data_dir or None)
     except library.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(
-            name.split(":")[0].split("/")[0], library.list_builders(with_community_datasets=False), n=3
-        )
-        hint = f"did you mean {' or '.join(near)}?" if near else "see https://www.tensorflow.org/datasets/catalog"
+        known = library.list_builders(with_community_datasets=False)
+        hint = nearest(name.split(":")[0].split("/")[0], known, "see https://www.tensorflow.org/datasets/catalog")
         raise UserError(f"tensorflow-datasets has no set {name!r}: {hint}") from error
     except (AssertionError, ValueError, ImportError) as error:
         raise UserError(f"cannot open tfds:{name}: {_line(error)}") from error

@@ -88,7 +88,7 @@ def test_mistakes_are_one_line(prepared, monkeypatch):
         return str(error.value)
 
     assert "Unknown split 'valid'. Should be one of ['train']" in message("tiny", "valid", str(prepared))
-    assert "tensorflow-datasets has no set 'mnst': did you mean mnist" in message("mnst", "train", str(prepared))
+    assert "tensorflow-datasets has no set 'mnst': did you mean 'mnist'" in message("mnst", "train", str(prepared))
     missing = message("mnist", "train", str(prepared))
     assert f"tfds:mnist is not prepared in {prepared}: pip install 'diffrl[tfds]'" in missing
     assert "point --config.data.dir" in missing

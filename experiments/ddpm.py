@@ -9,24 +9,30 @@ The default trains a 0.7 M-parameter U-Net with v-prediction on scikit-learn's 8
 in which a classifier of real digits recognises at least 95 %.  The same command again resumes, or just scores.
 
 train: checkpoints, metrics.jsonl, TensorBoard, grids of samples, then samples.png, loss.png and eval.json.
-sample: draws `sample.count` images into samples.png and samples.npz.  eval: judge, Fréchet distance and bits/dim.
-With `eval.nll_images` above 0 eval also measures the exact bits/dim of as many held-out images, by the ODE.
+sample: draws `sample.count` images into samples.npz, and the first of them into samples.png.
+eval: judge, Fréchet distance and bits/dim; with `eval.nll_images` above 0 also the exact bits/dim, by the ODE.
 """
 
 import dataclasses
 import json
+import math
+from typing import Any
 
 import jax
 import numpy as np
 
 from diffrl import config as config_lib
 from diffrl.data.catalog import DataConfig
+from diffrl.data.source import Source
 from diffrl.evaluate import grids
-from diffrl.recipes import bits, images, scores
+from diffrl.recipes import bits, images, results, scores
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.images import EvalConfig, ImageConfig, TrainConfig, UNetConfig
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
+from diffrl.train.state import TrainState
+
+COLUMNS, ROWS = 10, 20  # of the picture of --mode=sample, at most
 
 
 def mnist() -> ImageConfig:
@@ -122,16 +128,16 @@ def main(config: ImageConfig, run: config_lib.Run) -> None:
 def train(session: images.Session) -> None:
     """Trains, draws the final grid and scores it."""
     # Whatever the end needs is checked before the training, not after it.
-    scores.check(session.config.eval)
+    scores.check(session.config.eval, session.source)
+    held_out = scores.held_out_source(session)
     key = jax.random.key(session.config.sample.seed)
     generate = images.make_generator(session.config, session.model, session.devices, key)
     current = images.train(session)
-    columns = 10
-    labels, num = images.class_labels(session.model, columns)
+    labels, num = images.class_labels(session.model, COLUMNS)
     made = generate(current.ema, labels, num)
-    grids.save_png(session.workdir / "samples.png", images.labelled_grid(session, made, labels, columns))
+    grids.save_png(session.workdir / "samples.png", images.labelled_grid(session, made, labels, COLUMNS))
     images.plot_loss(session)
-    score(session, current, bound=False)
+    score(session, current, held_out, bound=False)
 
 
 def sample(session: images.Session) -> None:
@@ -141,32 +147,47 @@ def sample(session: images.Session) -> None:
     labels = None if classes is None else np.sort(np.resize(np.arange(classes, dtype=np.int32), count))
     key = jax.random.key(session.config.sample.seed)
     made = images.make_generator(session.config, session.model, session.devices, key)(current.ema, labels, count)
-    picture = images.labelled_grid(session, made, labels, min(10, count))
+    shown = pictured(labels, count)
+    picture = images.labelled_grid(session, made[shown], None if labels is None else labels[shown], min(COLUMNS, count))
     grids.save_png(session.workdir / "samples.png", picture)
-    path, pixels = session.workdir / "samples.npz", grids.to_uint8(made)
+    if jax.process_index() == 0:
+        given: Any = {} if labels is None else {"label": labels}
+        np.savez_compressed(session.workdir / "samples.npz", x=grids.to_uint8(made), **given)
+    print(f"{count} samples of step {int(current.step)}: samples.npz, and {shown.sum()} of them in samples.png")
+
+
+def pictured(labels: np.ndarray | None, count: int) -> np.ndarray:
+    """Which of `count` samples a picture has room for, bool [count]; labels, if there are any, rise."""
     if labels is None:
-        np.savez_compressed(path, x=pixels)
-    else:
-        np.savez_compressed(path, x=pixels, label=labels)
-    print(f"{count} samples of step {int(current.step)}: samples.png, samples.npz")
+        return np.arange(count) < ROWS * COLUMNS
+    return (labels < ROWS) & (np.arange(count) - np.searchsorted(labels, labels) < COLUMNS)
 
 
 def evaluate(session: images.Session) -> None:
     """Scores the newest checkpoint, bits/dim included."""
-    score(session, images.restored_state(session), bound=True)
-
-
-def score(session: images.Session, current, bound: bool) -> None:
-    """Measures, prints and writes eval.json."""
     held_out = scores.held_out_source(session)
+    score(session, images.restored_state(session), held_out, bound=True)
+
+
+def score(session: images.Session, current: TrainState, held_out: Source | None, bound: bool) -> None:
+    """Measures, prints and writes eval.json, beside what it holds of the same step already."""
     if held_out is None:
         return
     measured = {"step": int(current.step), **scores.judge_samples(session, current.ema, held_out)}
     if bound:
         measured |= bits.variational_bound(session, current.ema, held_out)
         measured |= bits.exact(session, current.ema, held_out)
-    (session.workdir / "eval.json").write_text(json.dumps(measured, indent=1) + "\n")
+    if jax.process_index() == 0:
+        path = session.workdir / "eval.json"
+        before = json.loads(path.read_text()) if path.exists() else {}
+        known = before if before.get("step") == measured["step"] else {}
+        results.save(path, known | {name: _finite(value) for name, value in measured.items()})
     print(scores.report(measured))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

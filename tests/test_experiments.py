@@ -67,9 +67,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path):
 
 
 def test_a_finished_run_only_scores_again(trained, capsys):
-    before = (trained / "metrics.jsonl").read_text()
+    before, path = (trained / "metrics.jsonl").read_text(), trained / "eval.json"
+    path.write_text(json.dumps({"step": 6, "recognised": 2.0, "bits_per_dim": 3.0}))  # as --mode=eval leaves it
     run(trained, *TINY, "--config.train.steps=6")
     assert (trained / "metrics.jsonl").read_text() == before
+    scores = json.loads(path.read_text())
+    assert scores["bits_per_dim"] == 3.0  # not measured again, and of the same step
+    assert scores["recognised"] <= 1
     assert f"everything lies in {trained}" in capsys.readouterr().out
 
 
@@ -91,6 +95,26 @@ def test_eval_mode_measures_bits_per_dim(trained, capsys):
     assert 2 < scores["exact_bits_per_dim"] < 40
     assert scores["nll_images"] == 4
     assert capsys.readouterr().out.count("bits/dim") == 2
+
+
+def test_only_the_first_process_writes(trained, monkeypatch):
+    files = {path: path.stat().st_mtime_ns for path in trained.glob("*.*")}
+    config, started, _ = config_lib.parse([f"--workdir={trained}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"))
+    session = images.open_session(config, started)
+    monkeypatch.setattr(images, "restored_state", images.initial_state)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    ddpm.sample(session)
+    ddpm.score(session, images.initial_state(session), ddpm.scores.held_out_source(session), bound=False)
+    images.plot_loss(session)
+    assert {path: path.stat().st_mtime_ns for path in trained.glob("*.*")} == files
+
+
+def test_pictures_have_a_limit_and_files_have_not():
+    assert ddpm.pictured(None, 50_000).sum() == ddpm.ROWS * ddpm.COLUMNS
+    assert ddpm.pictured(None, 7).all()
+    labels = np.repeat(np.arange(1000), 30)
+    shown = labels[ddpm.pictured(labels, len(labels))]
+    np.testing.assert_array_equal(np.unique(shown, return_counts=True)[1], [ddpm.COLUMNS] * ddpm.ROWS)
 
 
 def test_learned_variance_on_unlabelled_images(tmp_path):
@@ -126,6 +150,9 @@ def test_learned_variance_on_unlabelled_images(tmp_path):
         (["--config.sample.steps=0"], "sample.steps=0"),
         (["--config.eval.judge=inception"], "choose one of mlp"),
         (["--config.eval.dequantisation=none"], "choose one of uniform"),
+        (["--config.train.log_every=0"], "--config.train.log_every=0: expected at least 1"),
+        (["--config.unet.attention=(4,3)"], "never have 3; choose from 8, 4"),
+        (["--config.unet.multipliers=()"], "unet.multipliers=()"),
         (["--mode=sample"], "no run"),
     ],
 )

@@ -6,22 +6,26 @@
 Every variant changes one thing in the same base network and trains for the same number of floating-point operations
 (XLA's count for its training step), so a dearer network takes fewer steps.  Its score is the held-out denoising loss of
 its averaged parameters, on the same images and noises for all.  Ends with a table (table.md, results.json) and a plot
-(ablation.png).  A second run of the same command takes up the variant it was at.
+(ablation.png).  A second run of the same command takes up the variant it was at; one with another budget or base
+(--accept_changes) uses only those results that were made with it.
 """
 
-import copy
 import dataclasses
+import hashlib
 import json
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from diffrl import config as config_lib
 from diffrl.data.catalog import DataConfig, make_source
+from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
 from diffrl.recipes import images, scores
+from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import ImageConfig, TrainConfig, UNetConfig
 from diffrl.train import state as train_state
 from diffrl.train.mesh import init_distributed
@@ -33,8 +37,8 @@ class Config:
     """The base model, and how much compute each variant of it gets."""
 
     base: ImageConfig = dataclasses.field(default_factory=ImageConfig)
-    base_steps: int = config_lib.leaf(250, "steps of the base network; the others get as many FLOPs")
-    seeds: int = config_lib.leaf(2, "runs per variant")
+    base_steps: int = config_lib.leaf(250, "steps of the base network; the others get as many FLOPs", at_least=1)
+    seeds: int = config_lib.leaf(2, "runs per variant", free=True, at_least=1)
     variants: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
 
 
@@ -59,8 +63,28 @@ def cifar10() -> Config:
     return Config(base, base_steps=20_000, seeds=3)
 
 
-def variants(base: UNetConfig) -> dict[str, UNetConfig]:
-    """The base network and those that differ from it in one thing."""
+class Job(NamedTuple):
+    """One run: its variant, its whole config, and the price of a step."""
+
+    variant: str
+    config: ImageConfig
+    flops: float
+    parameters: int
+
+    def name(self) -> str:
+        """The variant, the seed, and a digest of all else that the result depends on."""
+        settings = {path: leaf.value for path, leaf in config_lib.leaves(self.config).items() if not leaf.free}
+        settings |= {"steps": self.config.train.steps, "split": self.config.eval.split}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        return f"{self.variant.replace(' ', '_')}-{self.config.seed}-{digest}"
+
+
+def variants(base: UNetConfig, size: int) -> dict[str, UNetConfig]:
+    """The base network and those that differ from it in one thing, for images of `size` rows."""
+    fewer = base.multipliers[:-1]
+    # Attention on the level that goes moves up to the last that stays: it is depth that changes, not attention.
+    last = size >> max(len(fewer) - 1, 0)
+    attention = tuple(dict.fromkeys(max(at, last) for at in base.attention))
     return {
         "base": base,
         "no attention": dataclasses.replace(base, attention=(), middle_attention=False),
@@ -68,67 +92,81 @@ def variants(base: UNetConfig) -> dict[str, UNetConfig]:
         "one more residual block": dataclasses.replace(base, blocks=base.blocks + 1),
         "scale-shift": dataclasses.replace(base, scale_shift=True),
         "residual blocks resample": dataclasses.replace(base, resample_blocks=True),
-        "one level less": dataclasses.replace(base, multipliers=base.multipliers[:-1]),
+        "one level less": dataclasses.replace(base, multipliers=fewer, attention=attention),
         "one level more": dataclasses.replace(base, multipliers=(*base.multipliers, base.multipliers[-1])),
         "half as wide": dataclasses.replace(base, channels=base.channels // 2),
     }
 
 
-def flops_per_step(config: ImageConfig) -> tuple[float, int]:
-    """XLA's count for one training step and the number of parameters; nothing is compiled or run."""
-    source = make_source(config.data)
+def plan(config: Config) -> list[Job]:
+    """All runs, of equal FLOPs.  Every network is traced before one is trained, so that none fails after an hour."""
+    source = make_source(config.base.data)
+    chosen = variants(config.base.unet, source.shape[0])
+    unknown = set(config.variants) - set(chosen)
+    if unknown:
+        raise UserError(f"no variant {sorted(unknown)[0]!r}: choose from {', '.join(map(repr, chosen))}")
+    wanted = {name: dataclasses.replace(config.base, unet=chosen[name]) for name in config.variants or chosen}
+    prices = {name: price(variant, source) for name, variant in ({"base": config.base} | wanted).items()}
+    jobs = []
+    for name, variant in wanted.items():
+        flops, parameters = prices[name]
+        steps = max(1, round(config.base_steps * prices["base"][0] / flops))
+        train = dataclasses.replace(variant.train, steps=steps)
+        for seed in range(config.base.seed, config.base.seed + config.seeds):
+            jobs.append(Job(name, dataclasses.replace(variant, train=train, seed=seed), flops, parameters))
+    return jobs
+
+
+def price(config: ImageConfig, source: Source) -> tuple[float, int]:
+    """XLA's count of FLOPs for one training step and the number of parameters; nothing is compiled or run."""
     model = images.build(config, source)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    optimizer = images.optim.make(config.optim, config.train.steps)
+    optimizer = images.optim.make(config.optim, config.optim.warmup_steps + 1)
     current = jax.eval_shape(lambda p: train_state.create(p, optimizer, jax.random.key(0)), abstract)
     shape = (config.train.batch_size, *source.shape)
     batch = {"x": jax.ShapeDtypeStruct(shape, np.float32), "label": jax.ShapeDtypeStruct(shape[:1], np.int32)}
     cost = jax.jit(images.make_step(config, model)).lower(current, batch).cost_analysis() or {}
+    if not cost.get("flops"):
+        raise UserError(
+            f"XLA counts no FLOPs on {jax.default_backend()}, so there is no equal compute: run it on a CPU or a GPU"
+        )
     return cost["flops"], sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
-def run_variant(config: Config, name: str, unet: UNetConfig, seed: int, budget: float, run: config_lib.Run) -> dict:
-    """Trains one variant on `budget` FLOPs and scores it."""
-    base = copy.deepcopy(config.base)
-    base.unet, base.seed = unet, seed
-    cost, parameters = flops_per_step(base)
-    base.train.steps = max(1, round(budget / cost))
-    workdir = run.workdir / "runs" / f"{name.replace(' ', '_')}-{seed}"
-    session = images.open_session(base, run._replace(workdir=workdir))
+def work(job: Job, held_out: Source, run: config_lib.Run) -> dict:
+    """Trains one network and scores it."""
+    session = images.open_session(job.config, run._replace(workdir=run.workdir / "runs" / job.name()))
     trained = images.train(session)
-    held_out = scores.held_out_source(session)
-    if held_out is None:
-        raise UserError(f"{base.data.name} has no part {base.eval.split!r} to hold out: set --config.base.eval.split")
-    loss = scores.held_out_loss(session, trained.ema, held_out)
     return {
-        "variant": name,
-        "seed": seed,
-        "loss": loss,
-        "steps": base.train.steps,
-        "parameters": parameters,
-        "gflops_per_step": cost / 1e9,
+        "run": job.name(),
+        "variant": job.variant,
+        "seed": job.config.seed,
+        "loss": scores.held_out_loss(session, trained.ema, held_out),
+        "steps": job.config.train.steps,
+        "parameters": job.parameters,
+        "gflops_per_step": job.flops / 1e9,
     }
 
 
 def main(config: Config, run: config_lib.Run) -> None:
-    chosen = variants(config.base.unet)
-    unknown = set(config.variants) - set(chosen)
-    if unknown:
-        raise UserError(f"no variant {sorted(unknown)[0]!r}: choose from {', '.join(map(repr, chosen))}")
-    if config.variants:
-        chosen = {name: unet for name, unet in chosen.items() if name in config.variants}
+    jobs = plan(config)
+    held_out = make_source(config.base.data, config.base.eval.split)
     path = run.workdir / "results.json"
     results = json.loads(path.read_text()) if path.exists() else []
-    done = {(result["variant"], result["seed"]) for result in results}
-    budget = config.base_steps * flops_per_step(config.base)[0]
-    todo = [(name, seed) for name in chosen for seed in range(config.seeds) if (name, seed) not in done]
-    for i, (name, seed) in enumerate(todo):
-        print(f"[{i + 1}/{len(todo)}] {name}, seed {seed}", file=sys.stderr)
-        results.append(run_variant(config, name, chosen[name], seed, budget, run))
-        path.write_text(json.dumps(results, indent=1) + "\n")
-    summary = [summarise(name, [r for r in results if r["variant"] == name]) for name in chosen]
+    done = {result.get("run"): result for result in results}
+    todo = [job for job in jobs if job.name() not in done]
+    for i, job in enumerate(todo):
+        print(f"[{i + 1}/{len(todo)}] {job.variant}, seed {job.config.seed}", file=sys.stderr)
+        done[job.name()] = work(job, held_out, run)
+        results.append(done[job.name()])
+        results_lib.save(path, results)
+    rows: dict[str, list[dict]] = {}
+    for job in jobs:
+        rows.setdefault(job.variant, []).append(done[job.name()])
+    summary = [summarise(found) for found in rows.values()]
     text = table(summary, config.seeds)
     (run.workdir / "table.md").write_text(text)
+    budget = jobs[0].flops * jobs[0].config.train.steps
     plots.ranking(
         run.workdir / "ablation.png",
         {row["variant"]: (row["loss"], row["spread"]) for row in summary},
@@ -139,8 +177,8 @@ def main(config: Config, run: config_lib.Run) -> None:
     print(f"everything lies in {run.workdir}")
 
 
-def summarise(name: str, results: list[dict]) -> dict:
-    """Mean over seeds, and half the distance between the extremes."""
+def summarise(results: list[dict]) -> dict:
+    """Of one variant: mean over seeds, and half the distance between the extremes."""
     losses = [result["loss"] for result in results]
     return {**results[0], "loss": float(np.mean(losses)), "spread": (max(losses) - min(losses)) / 2}
 

@@ -1,7 +1,6 @@
 """The experiments as a user runs them: train, resume, sample and evaluate, with networks small enough for a test."""
 
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from diffrl import config as config_lib
 from diffrl.data.source import from_arrays
 from diffrl.recipes import denoising, images
-from experiments import ddpm, unet_ablation
+from experiments import ddpm
 
 TINY = [
     "--config.unet.channels=8",
@@ -144,7 +143,7 @@ def test_learned_variance_on_unlabelled_images(tmp_path):
     ("flags", "words"),
     [
         (["--config.diffusion.prediction=epsilon"], "choose one of eps"),
-        (["--config.train.batch_size=12"], "12"),
+        (["--config.train.batch_size=12"], "batch size 12 is not divisible by 8 devices: take 16"),
         (["--config.data.name=toy:moons"], "needs images"),
         (["--config.unet.multipliers=(1,2,2,2,2)"], "cannot be halved"),
         (["--config.sample.steps=0"], "sample.steps=0"),
@@ -180,20 +179,6 @@ def test_presets_are_complete(preset):
     assert len(grid) == config.sample.steps + 1
     assert np.all(np.diff(grid) < 0)
     assert grid[-1] == 0
-
-
-def test_ablation_compares_at_equal_compute_and_resumes(tmp_path):
-    flags = [flag.replace("--config.", "--config.base.") for flag in TINY]
-    flags += ["--config.base_steps=2", "--config.seeds=1", "--config.variants=('base','one level less')"]
-    run(tmp_path, *flags, experiment=unet_ablation, modes=("train",))
-    first = json.loads((tmp_path / "results.json").read_text())
-    compute = [row["steps"] * row["gflops_per_step"] for row in first]
-    assert compute[0] == pytest.approx(compute[1], rel=0.5)  # whole steps of two
-    shutil.rmtree(tmp_path / "runs")  # a second run needs nothing but the results
-    run(tmp_path, *flags, experiment=unet_ablation, modes=("train",))
-    assert json.loads((tmp_path / "results.json").read_text()) == first
-    assert (tmp_path / "ablation.png").exists()
-    assert "one level less" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.slow

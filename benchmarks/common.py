@@ -11,7 +11,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # Before either starts.  torch needs its share of the accelerator's memory; and its idle OpenMP threads must sleep
@@ -183,6 +184,7 @@ def compare(
     samples: int,
     flops: float,
     dtype: str,
+    share: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, Result]:
     """Measures `programs` beside the machine's matrix products, prints a table and returns seconds per unit.
 
@@ -190,8 +192,9 @@ def compare(
         programs: the first is what the others are compared with.
         units: steps or calls that one program does.
         samples, flops: samples and floating-point operations of one unit.
+        share: how often programs do these operations, where it is not once.
     """
-    work = dict.fromkeys(programs, flops * units)
+    work = {name: flops * units * share.get(name, 1.0) for name in programs}
     everything = dict(programs)
     for name in ("float32", "bfloat16"):
         products, count = matmuls(name)

@@ -47,9 +47,10 @@ def ddnm(
 ) -> Denoiser:
     """The estimate with its part that y measures put right: denoiser -> denoiser.
 
-    y: measurements [B, ...].  noise: their standard deviation; 0 gives A x_0 = y exactly (DDNM), more a
-    compromise with the prior, DiffPIR's (Zhu et al., 2023).  data_variance: what `conditional_variance` is to assume,
-    where there is noise.
+    y: measurements [B, ...], or one for all, [1, ...].
+    noise: their standard deviation; 0 gives A x_0 = y exactly (DDNM), more a compromise with the prior, DiffPIR's
+    (Zhu et al., 2023).
+    data_variance: what `conditional_variance` is to assume, where there is noise.
     """
 
     def consistent(x, t, cond):
@@ -90,6 +91,7 @@ def pigdm(
 def dps(sampler: Sampler, operator: Operator, y: Array, scale: float = 1.0) -> Sampler:
     """Diffusion posterior sampling: x_s <- x_s - scale * grad_{x_t} |y - A m(x_t)|, sampler -> sampler.
 
+    y: measurements [B, ...], or one for all, [1, ...].
     The norm is each sample's own.  The paper's step zeta' / |y - A m| along the gradient of the *squared* norm is this
     with scale = 2 zeta'.  m is the estimate in `info.x0`; a denoiser that clips has no gradient where it does.
     """
@@ -97,13 +99,13 @@ def dps(sampler: Sampler, operator: Operator, y: Array, scale: float = 1.0) -> S
     def step(keys, state, t, s, cond):
         def energy(x):
             new, info = sampler.step(keys, state._replace(x=x), t, s, cond)
-            square = ((y - operator.forward(info.x0)) ** 2).reshape(y.shape[0], -1).sum(axis=1)
+            residual = y - operator.forward(info.x0)
+            square = (residual**2).reshape(len(residual), -1).sum(axis=1)
             return 0.5 * square.sum(), (new, info, square)
 
         gradient, (new, info, square) = jax.grad(energy, has_aux=True)(state.x)
-        norm = jnp.sqrt(
-            jnp.maximum(square, jnp.finfo(square.dtype).tiny)
-        )  # where the residual is 0, so is the gradient
+        # Where the residual is 0, so is the gradient.
+        norm = jnp.sqrt(jnp.maximum(square, jnp.finfo(square.dtype).tiny))
         shift = scale * gradient / expand(norm, gradient)
         return new._replace(x=new.x - shift), info._replace(mean=info.mean - shift)
 

@@ -150,6 +150,24 @@ def test_dps_is_its_formula():
     np.testing.assert_allclose(info.x0, info_plain.x0, atol=1e-6)
 
 
+@pytest.mark.parametrize("wrap", [inverse.ddnm, inverse.pigdm])
+def test_one_measurement_may_stand_for_all(wrap):
+    operator, t = OPERATORS["downsample"](), jnp.array([0.2, 0.5, 0.8])
+    x, y = jax.random.normal(key(1), (3, *SHAPE)), operator.forward(jax.random.normal(key(2), (1, *SHAPE)))
+    one, each = (wrap(gaussian_denoiser(PROCESS), PROCESS, operator, m, 0.2) for m in (y, jnp.tile(y, (3, 1, 1, 1))))
+    np.testing.assert_allclose(one(x, t, None), each(x, t, None), atol=1e-6)
+
+
+def test_one_measurement_may_stand_for_all_in_dps():
+    """Each sample's norm is its own all the same."""
+    operator = OPERATORS["downsample"]()
+    x, y = jax.random.normal(key(1), (3, *SHAPE)), operator.forward(jax.random.normal(key(2), (1, *SHAPE)))
+    plain, grid = samplers.ddim(PROCESS, lambda x, t, cond: 0.7 * x), jnp.array([0.8, 0.6])
+    together = sample(inverse.dps(plain, operator, y), key(), x, grid)
+    alone = [sample(inverse.dps(plain, operator, y), key(), one[None], grid)[0] for one in x]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
 def test_dps_rests_where_the_measurement_is_met():
     """A residual of 0 has no gradient: no NaN, and no step."""
     operator = operators.mask(True, (2,))

@@ -96,7 +96,12 @@ def masked_fft(known: Array, channels: int = 2) -> Operator:
     Single-coil MRI.  Images are complex, [H, W, 2], or real, [H, W, 1]; measurements are [H, W, 2].  The spectrum of a
     real image says everything twice unless `known` is one-sided, so A A^T has the eigenvalues 1/2 and 1, and conjugate
     gradients end after two iterations.
+
+    Raises:
+      UserError: another number of channels.
     """
+    if channels not in (1, 2):
+        raise UserError(f"channels={channels}: a masked FFT takes real images (1) or complex ones (2)")
     shape = (*known.shape, channels)
 
     def forward(x):
@@ -134,7 +139,12 @@ def blur(shape: tuple[int, int, int], std: float, padding: Padding = "wrap") -> 
     """A Gaussian of `std` pixels, cut at 4 `std`, on images of `shape` [H, W, C].
 
     padding: how `numpy.pad` continues the image: "wrap" (a circular convolution), "reflect", "symmetric" or "edge".
+
+    Raises:
+      UserError: std is not positive.
     """
+    if std <= 0:
+        raise UserError(f"std={std}: a blur's is positive; what blurs nothing is mask(True, shape)")
     reach = int(4.0 * std + 0.5)
 
     def kernel(u):

@@ -111,3 +111,15 @@ def test_masked_fft_is_numpys():
 def test_sizes_that_do_not_divide_are_one_line():
     with pytest.raises(UserError, match="8x6 cannot be made 4 times smaller"):
         operators.downsample((8, 6, 1), 4)
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+def test_masked_fft_takes_real_or_complex_images(channels):
+    with pytest.raises(UserError, match=f"channels={channels}: a masked FFT takes real images"):
+        operators.masked_fft(KNOWN, channels)
+
+
+@pytest.mark.parametrize("std", [0.0, -1.0])
+def test_a_blur_without_width_is_one_line(std):
+    with pytest.raises(UserError, match=f"std={std}: a blur's is positive"):
+        operators.blur(SHAPE, std)

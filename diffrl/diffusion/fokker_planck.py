@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffrl.diffusion.checks import require_rising
+
 Array = jax.Array
 Drift = Callable[[Array, Array], Array]
 Diffusion = Callable[[Array], Array]
@@ -105,7 +107,11 @@ def solve(grid: Grid, p: Array, times: Array, drift: Drift, diffusion: Diffusion
     `partial(sde.drift, process)` and `partial(sde.diffusion, process)`.
     Between two times there are as many steps as positivity asks for, about (t - s) g^2 D / h^2, each with the rates of
     its middle; the rates are bounded by those at both ends and in the middle of the interval: exact if monotone.
+
+    Raises:
+      UserError: times that fall.
     """
+    require_rising(times)
 
     def interval(p, ends):
         t, end = ends

@@ -9,7 +9,7 @@ m + L z with L L^T = K; given values y at other times, it is again Gaussian (Ras
 
     mean = K_* (K + s^2 I)^{-1} y,         covariance = K_** - K_* (K + s^2 I)^{-1} K_*^T.
 
-Grids are rising times [N]; paths are [num, N], path i drawn from fold_in(key, i).
+Grids are rising times [N], and a UserError says where they fall; paths are [num, N], path i drawn from fold_in(key, i).
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from diffrl.diffusion.checks import require_rising
 from diffrl.diffusion.sampling import normal, sample_keys
 
 Array = jax.Array
@@ -31,6 +32,7 @@ def _noise(key: Array, num: int, times: Array) -> Array:
 
 def brownian(key: Array, times: Array, num: int) -> Array:
     """Brownian paths at `times` [N] >= 0; the path is 0 at time 0, whether or not that is in the grid."""
+    require_rising(jnp.append(0.0, times))
     steps = jnp.diff(times, prepend=0.0)
     return jnp.cumsum(jnp.sqrt(steps) * _noise(key, num, times), axis=1)
 
@@ -49,11 +51,14 @@ def ornstein_uhlenbeck(
     """Ornstein-Uhlenbeck paths from `start`, a number or [num], at times[0].
 
     X_{n+1} - mu = exp(-theta dt) (X_n - mu) + noise of variance sigma^2 (1 - exp(-2 theta dt)) / (2 theta): affine
-    maps, composed by an associative scan.
+    maps, composed by an associative scan.  theta = 0 is Brownian motion, the limit.
     """
+    require_rising(times)
     steps = jnp.diff(times)
     decay = jnp.exp(-theta * steps)
-    shocks = jnp.sqrt(-jnp.expm1(-2.0 * theta * steps) / (2.0 * theta)) * sigma * _noise(key, num, steps)
+    rate = jnp.where(theta == 0.0, 1.0, 2.0 * theta)  # jnp.where evaluates both of its branches
+    variance = jnp.where(theta == 0.0, steps, -jnp.expm1(-rate * steps) / rate)
+    shocks = sigma * jnp.sqrt(variance) * _noise(key, num, steps)
     first = jnp.broadcast_to(jnp.asarray(start, times.dtype) - mu, (num,))[:, None]
     gains = jnp.broadcast_to(jnp.concatenate([jnp.ones(1), decay]), (num, len(times)))
     shifts = jnp.concatenate([first, shocks], axis=1)

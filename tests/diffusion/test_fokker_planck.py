@@ -13,6 +13,7 @@ from diffrl.diffusion import fokker_planck as fp
 from diffrl.diffusion import mixtures, sde
 from diffrl.diffusion import process as P
 from diffrl.diffusion.sampling import sample
+from diffrl.errors import UserError
 
 TIMES = jnp.array([0.0, 0.1, 0.5, 2.0])
 LINE = fp.Grid((-3.0,), (3.0,), (150,))
@@ -158,3 +159,8 @@ def test_the_program_does_not_grow_with_the_number_of_times():
         )
         sizes.append(len(str(jaxpr).splitlines()))
     assert sizes[0] == sizes[1]
+
+
+def test_times_that_fall_are_one_line():
+    with pytest.raises(UserError, match="times fall from 1 to 0"):
+        fp.solve(LINE, jnp.ones(150) / 6.0, jnp.array([1.0, 0.0]), lambda x, t: -x, lambda t: 1.0)

@@ -8,6 +8,7 @@ from diffusion_cases import key
 from sklearn.gaussian_process import GaussianProcessRegressor, kernels
 
 from diffrl.diffusion import gaussian_processes as gp
+from diffrl.errors import UserError
 
 NUM = 20_000
 TIMES = jnp.array([0.0, 0.1, 0.15, 0.6, 1.0, 2.5])  # uneven on purpose
@@ -108,3 +109,20 @@ def test_fine_grids_of_smooth_kernels_stay_finite(kernel):
     paths = jax.jit(lambda times: gp.draw(gp.prior(kernel, times), key(6), 3))(jnp.linspace(0.0, 1.0, 300))
     assert np.isfinite(paths).all()
     assert np.abs(np.diff(paths, axis=1)).max() < 0.5
+
+
+def test_without_a_pull_the_ornstein_uhlenbeck_process_is_brownian_motion():
+    s, t = pairs()
+    paths = gp.ornstein_uhlenbeck(key(3), TIMES, NUM, theta=0.0, mu=5.0, sigma=0.7, start=-1.0)
+    check_law(paths, -1.0, 0.7**2 * np.minimum(s, t))
+
+
+@pytest.mark.parametrize("draw", [gp.brownian, gp.bridge, gp.ornstein_uhlenbeck])
+def test_times_that_fall_are_one_line(draw):
+    with pytest.raises(UserError, match=r"times fall from 0\.5 to 0\.2"):
+        draw(key(), jnp.array([0.0, 0.5, 0.2]), 3)
+
+
+def test_brownian_motion_starts_at_zero():
+    with pytest.raises(UserError, match=r"times fall from 0 to -1"):
+        gp.brownian(key(), jnp.array([-1.0, 1.0]), 3)

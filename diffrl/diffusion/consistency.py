@@ -25,10 +25,10 @@ from jax.typing import ArrayLike
 
 from diffrl.diffusion.distillation import Solver
 from diffrl.diffusion.losses import NOISE, TIME, mean_flat
-from diffrl.diffusion.prediction import Denoiser, Head, Model, denoiser
+from diffrl.diffusion.prediction import Denoiser, Head, Model, denoiser, preconditioned
 from diffrl.diffusion.process import Process, add_noise, expand, log_snr, scales
-from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal
-from diffrl.diffusion.times import Draw, from_log_snr
+from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, per_sample
+from diffrl.diffusion.times import Draw, from_log_snr, highest
 
 Array = jax.Array
 Pairs = Callable[[Array], tuple[Array, Array]]  # keys [B] -> (t, s) [B], s < t
@@ -54,8 +54,8 @@ def even_ladder(low: float = 0.0, high: float = 1.0) -> Ladder:
 
 
 def karras_ladder(process: Process, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Ladder:
-    """Rungs evenly spaced in the 1/rho-th power of sigma / alpha (Karras et al., 2022, eq. 5)."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    """Rungs evenly spaced in the 1/rho-th power of sigma / alpha: those of `times.karras_grid`, and ending like it."""
+    low, high = (level ** (1 / rho) for level in (sigma_min, highest(process, sigma_min, sigma_max)))
     return Ladder(
         lambda r: from_log_snr(process, -2.0 * rho * jnp.log(low + r * (high - low))),
         lambda t: (jnp.exp(-0.5 / rho * log_snr(process, t)) - low) / (high - low),
@@ -102,19 +102,7 @@ def consistency_head(process: Process, sigma_data: float = 0.5, t_min: float = 0
         c_in = (u**2 + sigma_data**2) ** -0.5
         return alpha, u, sigma_data**2 / (gap**2 + sigma_data**2), sigma_data * gap * c_in, c_in
 
-    def target(x0, eps, t):
-        _, u, c_skip, c_out, _ = coefficients(t, x0)
-        return (x0 - c_skip * (x0 + u * eps)) / c_out
-
-    def x0(x, y, t):
-        alpha, _, c_skip, c_out, _ = coefficients(t, x)
-        return c_skip * x / alpha + c_out * y
-
-    def inputs(x, t):
-        alpha, _, _, _, c_in = coefficients(t, x)
-        return c_in * x / alpha
-
-    return Head(target, x0, inputs)
+    return preconditioned(coefficients)
 
 
 def squared(a: Array, b: Array) -> Array:
@@ -196,7 +184,7 @@ def consistency_sampler(process: Process, f: Denoiser, t_min: float = 0.0) -> Sa
 
     def step(keys, state, t, s, cond):
         x = state.x
-        x0 = f(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+        x0 = f(x, per_sample(t, x), cond)
         first = jnp.full_like(s, t_min)
         there = (process.alpha(s) * process.sigma(first) / process.alpha(first)) ** 2
         std = jnp.sqrt(jnp.maximum(process.sigma(s) ** 2 - there, 0.0))

@@ -16,13 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffrl.diffusion.process import Process, add_noise, transition_variance
-from diffrl.diffusion.sampling import START, Info, Sampler, fold, normal, sample_keys
+from diffrl.diffusion.process import Process, add_noise, transition
+from diffrl.diffusion.sampling import KNOWN, START, Info, Sampler, fold, normal, per_sample, sample_keys
+from diffrl.errors import UserError
 
 Array = jax.Array
-
-# What a step's keys are folded with for the noise of the known part, beside the noise of the sampler within.
-KNOWN = 201
 
 
 def inpaint(sampler: Sampler, process: Process, known: Array, mask: Array) -> Sampler:
@@ -49,8 +47,7 @@ def time_travel(sampler: Sampler, process: Process) -> Sampler:
     """
 
     def up(keys, state, t, s):
-        mean = process.alpha(s) / process.alpha(t) * state.x
-        std = jnp.sqrt(transition_variance(process, s, t))
+        mean, std = transition(process, state.x, s, t)
         info = Info(state.x / process.alpha(t), mean, jnp.broadcast_to(std, state.x.shape))
         return sampler.init(mean + std * normal(keys, state.x)), info
 
@@ -69,7 +66,12 @@ def travel_grid(times: Array, jump: int = 10, resample: int = 10) -> Array:
 
     Stretches are counted from the end, t = 0; the first one, which begins in noise, is walked once, as in the paper's
     code.  The way up is one step, since q(x_s | x_t) of many is q(x_s | x_t) of one.
+
+    Raises:
+      UserError: jump or resample below 1.
     """
+    if min(jump, resample) < 1:
+        raise UserError(f"jump={jump}, resample={resample}: both count from 1, and resample=1 never goes up")
     top = len(times) - 1
     heights: list[int] = []
     for height in range(top, -1, -1):
@@ -108,4 +110,4 @@ def sdedit_start(process: Process, key: Array, x: Array, t: ArrayLike) -> Array:
     the way is an ordinary grid from t, such as `times.linear_grid(num, t)`.
     """
     noise = normal(fold(sample_keys(key, x.shape[0]), START), x)
-    return add_noise(process, x, jnp.full(x.shape[0], t), noise)
+    return add_noise(process, x, per_sample(t, x), noise)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from diffrl.diffusion.prediction import Denoiser, to_eps
 from diffrl.diffusion.process import Process, log_snr
-from diffrl.diffusion.sampling import Info, Sampler, State, normal
+from diffrl.diffusion.sampling import Info, Sampler, State, normal, per_sample
 
 Array = jax.Array
 
@@ -56,7 +56,7 @@ def dpmpp_2m_sde(process: Process, denoise: Denoiser, eta: float = 1.0) -> Sampl
 
     def step(keys, state, t, s, cond):
         x, before = state
-        x0 = denoise(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         h = 0.5 * (log_snr(process, s) - log_snr(process, t))
         # Into sigma = 0, where h is infinite, x_0 is no longer extrapolated.
         extrapolated = x0 + 0.5 * jnp.where(jnp.isinf(h), 0.0, h) / before.h * (x0 - before.x0)

@@ -23,9 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffrl.diffusion.checks import concrete
 from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import Process, expand, log_snr
-from diffrl.diffusion.sampling import Sampler, State
+from diffrl.diffusion.sampling import Sampler, State, per_sample
+from diffrl.errors import UserError
 
 Array = jax.Array
 Scale = float | Array | Callable[[Array], Array]
@@ -60,7 +62,8 @@ def rescale(phi: float | Array = 0.7) -> Combine:
 
     def combine(u, c, s):
         x, axes = linear(u, c, s), tuple(range(1, c.ndim))
-        ratio = c.std(axes, keepdims=True) / x.std(axes, keepdims=True)
+        std = x.std(axes, keepdims=True)
+        ratio = jnp.where(std > 0, c.std(axes, keepdims=True) / std, 1.0)  # a constant has no contrast to bring back
         return (phi * ratio + 1.0 - phi) * x
 
     return combine
@@ -142,6 +145,7 @@ def interval(process: Process, scale: float | Array, low: float, high: float, ou
     """The scale where low <= log SNR < high and `outside` elsewhere, as a function of t.
 
     log SNR is -2 log(sigma / alpha): the paper's (0.28, 2.9] for ImageNet is low = -2.1, high = 2.5.
+    outside: what guides not at all, which is 1 for a pair and 0 in `classifier_guidance`.
     """
 
     def at(t):
@@ -157,7 +161,10 @@ def momentum(
     """The sampler `make(denoiser)` under guidance whose direction c - u is a running sum, decaying by `beta`.
 
     APG's beta is negative: each step then pushes where the steps before it did not.  The pair is evaluated once a step,
-    so `make` must be a sampler that asks for one estimate a step, at (x_t, t), and the estimate must be x_0 alone.
+    at (x_t, t), and its estimates must be x_0 alone.  Multistep samplers keep their memory.
+
+    Raises:
+      UserError: from the step, where the sampler asks for another estimate, as `heun` and `churn` do.
     """
 
     def init(x):
@@ -165,11 +172,19 @@ def momentum(
 
     def step(keys, state, t, s, cond):
         memory, direction = state.memory
-        times = jnp.full(state.x.shape[:1], t, state.x.dtype)
+        times = per_sample(t, state.x)
         u, c = pair(state.x, times, cond)
         direction = (c - u) + beta * direction
         x0 = combine(c - direction, c, scale_at(scale, times, state.x))
-        new, info = make(lambda x, t, cond: x0).step(keys, State(state.x, memory), t, s, cond)
+        asked = []
+
+        def estimate(x, t, cond):
+            asked.append(x)
+            return x0
+
+        new, info = make(estimate).step(keys, State(state.x, memory), t, s, cond)
+        if len(asked) != 1 or asked[0] is not state.x:
+            raise UserError("momentum needs a sampler with one estimate a step, at its start: take ddim, not heun")
         return State(new.x, (new.memory, direction)), info
 
     return Sampler(init, step)
@@ -192,8 +207,13 @@ def clip(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
 def dynamic_threshold(denoise: Denoiser, percentile: float = 0.995) -> Denoiser:
     """Imagen's dynamic thresholding: x_0 is clipped to [-s, s] and divided by s, for each sample's own s.
 
-    s is the `percentile` of |x_0|, at least 1 (Saharia et al., 2022, section 2.3).
+    s is the `percentile`, a share in (0, 1], of |x_0|, at least 1 (Saharia et al., 2022, section 2.3).
+
+    Raises:
+      UserError: a percentile outside (0, 1].
     """
+    if concrete(percentile) and not 0.0 < percentile <= 1.0:
+        raise UserError(f"percentile={percentile}: choose a share in (0, 1], such as 0.995")
 
     def threshold(x0):
         magnitude = jnp.abs(x0).reshape(x0.shape[0], -1)

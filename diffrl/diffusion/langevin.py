@@ -18,12 +18,9 @@ import jax.numpy as jnp
 
 from diffrl.diffusion.prediction import Denoiser, to_score
 from diffrl.diffusion.process import Process, expand
-from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal
+from diffrl.diffusion.sampling import ACCEPT, PROPOSE, Info, Sampler, State, fold, normal, per_sample
 
 Array = jax.Array
-
-# Purposes that a step's key is split by.
-PROPOSE, ACCEPT = range(2)
 
 
 def unadjusted(score: Callable[[Array], Array]) -> Sampler:
@@ -92,7 +89,7 @@ def moves(
 
     def body(carry, n):
         x, _ = carry
-        x0 = denoise(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         score = to_score(process, x, t, x0)
         h = expand(size(score), x)
         mean, std = x + h * score, jnp.broadcast_to(jnp.sqrt(2.0 * h), x.shape)
@@ -116,7 +113,7 @@ def annealed(process: Process, denoise: Denoiser, count: int = 100, size: float 
             return moves(process, denoise, keys, x, s, cond, count, lambda score: size * process.sigma(s) ** 2)
 
         def finish(_):
-            x0 = denoise(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+            x0 = denoise(x, per_sample(t, x), cond)
             return x0, Info(x0, x0, jnp.zeros_like(x))
 
         new, info = jax.lax.cond(process.sigma(s) > 0, walk, finish, None)

@@ -24,7 +24,8 @@ from diffrl.diffusion.process import (
     scales,
     transition_variance,
 )
-from diffrl.diffusion.sampling import fold, normal, sample_keys
+from diffrl.diffusion.sampling import fold, normal, per_sample, sample_keys
+from diffrl.errors import UserError
 
 Array = jax.Array
 HALF_BIN = 1.0 / 255.0
@@ -75,7 +76,12 @@ def bound_term(
 
     grid: times [N + 1], rising from 0 (N >= 2).  n: int [B] in 1 ... N.  interpolation: v, fixed, in [0, 1].
     learned: `denoise` returns (x_0, v), as `prediction.with_variance` makes it.
+
+    Raises:
+      UserError: N = 1.
     """
+    if len(grid) < 3:
+        raise UserError(f"a bound of {len(grid) - 1} step: choose 2 or more, as the first needs the second's variance")
     t, s = grid[n], grid[n - 1]
     x0_hat, v = denoise(xt, t, cond) if learned else (denoise(xt, t, cond), interpolation)
     # n = 1: q(x_0 | x_1, x_0) is a point; its variance is that of n = 2, its KL the decoder's log-likelihood.
@@ -92,7 +98,7 @@ def bound_term(
 
 def prior_term(process: Process, x0: Array, t: ArrayLike = 1.0) -> Array:
     """KL(q(x_t | x_0) || N(0, sigma(t)^2 + alpha(t)^2)) at the chain's noisy end, in bits per dimension [B]."""
-    alpha, sigma = scales(process, jnp.full(x0.shape[0], t), x0)
+    alpha, sigma = scales(process, per_sample(t, x0), x0)
     log_var_p = jnp.log(sigma**2 + alpha**2)
     return to_bits(gaussian_kl(alpha * x0, 2.0 * jnp.log(sigma) + 0.0 * x0, 0.0, log_var_p))
 
@@ -110,7 +116,7 @@ def variational_bound(
     """The whole bound, one draw of x_t for each of the N terms: N network calls.
 
     key: one key, or [B].  Returns bits per dimension: "total" [B], "prior" [B] and "terms" [N, B], where terms[0] is
-    the decoder's.
+    the decoder's.  Raises what `bound_term` does.
     """
     keys = sample_keys(key, x0.shape[0])
 

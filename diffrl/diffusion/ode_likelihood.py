@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import Process, log_snr
-from diffrl.diffusion.sampling import fold, normal, sample_keys
+from diffrl.diffusion.sampling import fold, per_sample, rademacher, sample_keys
 from diffrl.diffusion.times import from_log_snr
 from diffrl.errors import UserError
 
@@ -41,8 +41,8 @@ class Likelihood(NamedTuple):
     latent: Array
 
 
-def log_snr_grid(process: Process, num: int, high: float | Array = 13.3, low: float | Array = -13.0) -> Array:
-    """`num` steps, equal in log SNR, of rising times: [num + 1], from log SNR `high` to `low` or that of t = 1.
+def noising_grid(process: Process, num: int, high: float | Array = 13.3, low: float | Array = -13.0) -> Array:
+    """`num` steps of rising times, equal in log SNR, from `high` to `low` or to that of t = 1: [num + 1].
 
     At the default `high`, three standard deviations of the noise are half a bin of 8-bit data.
     """
@@ -61,7 +61,7 @@ def log_density(
 ) -> Likelihood:
     """log p(x) of x = x_t / alpha(t), t = grid[0], by the classical Runge-Kutta method: order 4, four calls a step.
 
-    grid: rising times [N + 1] with sigma > 0 at the first and alpha > 0 at the last, as `log_snr_grid` makes them.
+    grid: rising times [N + 1] with sigma > 0 at the first and alpha > 0 at the last, as `noising_grid` makes them.
     key: one key, or [B]; the divergence's directions for sample i come from its key alone.
     x: [B, ...], in the units of the data; clean data stand in for it where sigma(t) is far below what they resolve.
     divergence: `exact`, or one from `hutchinson` (the default), whose error over samples averages out.
@@ -141,13 +141,8 @@ def exact(f: Callable[[Array], Array], y: Array, keys: Array) -> tuple[Array, Ar
     return out, products.sum(axis=0)
 
 
-def rademacher(keys: Array, x: Array) -> Array:
-    """Random signs like `x` [B, ...], sample i's from key i."""
-    return jnp.where(normal(keys, x) < 0, -1.0, 1.0).astype(x.dtype)
-
-
 def hutchinson(draw: Callable[[Array, Array], Array] = rademacher, probes: int = 1) -> Divergence:
-    """The trace's unbiased estimate from `probes` directions e ~ `draw`: `rademacher`, or `sampling.normal`.
+    """The trace's unbiased estimate from `probes` directions e ~ `draw`: `sampling.rademacher`, or `normal`.
 
     With signs only what lies off the Jacobian's diagonal adds variance; normal directions always have more.
     """
@@ -185,7 +180,7 @@ def _field(process: Process, denoise: Denoiser, keys: Array, cond: Any, divergen
         scale, a = jnp.hypot(process.alpha(t), process.sigma(t)), _signal(process, t)
 
         def slope(y):
-            return a * (a * y - denoise(scale * y, jnp.full(y.shape[:1], t, y.dtype), cond))
+            return a * (a * y - denoise(scale * y, per_sample(t, y), cond))
 
         return divergence(slope, y, keys)
 

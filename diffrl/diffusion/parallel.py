@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from diffrl.diffusion.process import expand
-from diffrl.diffusion.sampling import Sampler, fold, sample_keys
+from diffrl.diffusion.sampling import Sampler, fold, one_step, sample_keys
 from diffrl.errors import UserError
 
 Array = jax.Array
@@ -48,9 +48,7 @@ def sample_parallel(
     Raises:
       UserError: the sampler remembers earlier steps, or there is no window.
     """
-    initial = sampler.init(x)
-    if jax.tree.leaves(initial.memory):
-        raise UserError("sample_parallel walks one-step samplers, and this one has a memory: take ddim or ancestral")
+    initial = one_step(sampler, x, "sample_parallel")
     if window < 1:
         raise UserError(f"window={window}: choose at least 1, which is the sequential sampler")
     keys, num = sample_keys(key, x.shape[0]), len(times) - 1

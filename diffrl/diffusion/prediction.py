@@ -103,21 +103,15 @@ def velocity_head(process: Process) -> Head:
     return Head(target, x0)
 
 
-def edm_head(process: Process, sigma_data: float = 0.5) -> Head:
-    """EDM's preconditioning (Karras et al., 2022, table 1) at noise level sigma / alpha; needs alpha > 0.
+def preconditioned(coefficients: Callable[[Array, Array], tuple[Array, ...]]) -> Head:
+    """y = (x_0 - c_skip x_t / alpha) / c_out, of a network that is shown c_in x_t / alpha.
 
-    `sigma_data` is the standard deviation of the data.
+    coefficients: (t, like x) -> alpha, u = sigma / alpha, c_skip, c_out, c_in.
     """
 
-    def coefficients(t, x):
-        alpha, sigma = scales(process, t, x)
-        level = sigma / alpha
-        total = jnp.sqrt(level**2 + sigma_data**2)
-        return alpha, level, (sigma_data / total) ** 2, level * sigma_data / total, 1.0 / total
-
     def target(x0, eps, t):
-        _, level, c_skip, c_out, _ = coefficients(t, x0)
-        return (x0 - c_skip * (x0 + level * eps)) / c_out
+        _, u, c_skip, c_out, _ = coefficients(t, x0)
+        return (x0 - c_skip * (x0 + u * eps)) / c_out
 
     def x0(x, y, t):
         alpha, _, c_skip, c_out, _ = coefficients(t, x)
@@ -128,6 +122,21 @@ def edm_head(process: Process, sigma_data: float = 0.5) -> Head:
         return c_in * x / alpha
 
     return Head(target, x0, inputs)
+
+
+def edm_head(process: Process, sigma_data: float = 0.5) -> Head:
+    """EDM's preconditioning (Karras et al., 2022, table 1) at noise level sigma / alpha; needs alpha > 0.
+
+    `sigma_data` is the standard deviation of the data.
+    """
+
+    def coefficients(t, x):
+        alpha, sigma = scales(process, t, x)
+        u = sigma / alpha
+        total = jnp.sqrt(u**2 + sigma_data**2)
+        return alpha, u, (sigma_data / total) ** 2, u * sigma_data / total, 1.0 / total
+
+    return preconditioned(coefficients)
 
 
 def slope(head: Head, t: Array) -> Array:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffrl.errors import UserError
+
 Array = jax.Array
 
 
@@ -57,6 +59,12 @@ def transition_share(process: Process, t: Array, s: Array) -> Array:
 def transition_variance(process: Process, t: Array, s: Array) -> Array:
     """Variance of q(x_t | x_s): sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2 ("beta_t" of DDPM), for s <= t."""
     return process.sigma(t) ** 2 * transition_share(process, t, s)
+
+
+def transition(process: Process, x: Array, t: Array, s: Array) -> tuple[Array, Array]:
+    """Mean [B, ...] and standard deviation of q(x_t | x_s = x); t and s are [B] or scalars with s <= t."""
+    mean = expand(process.alpha(t) / process.alpha(s), x) * x
+    return mean, expand(jnp.sqrt(transition_variance(process, t, s)), x)
 
 
 def posterior_variance(process: Process, t: Array, s: Array) -> Array:
@@ -137,15 +145,18 @@ def tabulated(alpha_bar: np.ndarray) -> Process:
 
     n = 0 is clean data (alpha_bar = 1); between the nodes log alpha_bar is linear in t.  Published checkpoints index
     the same steps from k = n - 1.
+
+    Raises:
+      UserError: the table does not fall strictly within (0, 1).
     """
     table = np.asarray(alpha_bar, np.float64)
     if table.ndim != 1 or not (np.all(table > 0) and np.all(table < 1) and np.all(np.diff(table) < 0)):
-        raise ValueError("alpha_bar must be a strictly falling vector in (0, 1)")
+        raise UserError(f"alpha_bar of shape {table.shape} must fall strictly within (0, 1): see `alpha_bars`")
     steps = len(table)
     log_alpha_bar = np.concatenate([[0.0], np.log(table)])
 
     def log_alpha(t):
-        return 0.5 * jnp.interp(jnp.asarray(t) * steps, np.arange(steps + 1.0), log_alpha_bar)
+        return 0.5 * jnp.interp(jnp.asarray(t) * steps, jnp.arange(steps + 1.0), jnp.asarray(log_alpha_bar))
 
     return _variance_preserving(log_alpha)
 

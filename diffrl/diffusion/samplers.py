@@ -9,6 +9,8 @@ With x_0 the denoiser's estimate at x_t and eps = (x_t - alpha_t x_0) / sigma_t:
 
 where beta = sigma_{t|s}^2 is the forward step's variance and beta~ the posterior's.  `churn` first goes back to a
 noisier time, t^ > t, and makes any of them stochastic.  Multistep methods: `dpm_solver` and `unipc`.
+
+Grids fall strictly: a repeated time is a step without noise to scale, or a slope over no length.
 """
 
 import jax
@@ -20,21 +22,13 @@ from diffrl.diffusion.process import (
     Process,
     posterior_mean,
     posterior_variance,
+    transition,
     transition_share,
     transition_variance,
 )
-from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal
+from diffrl.diffusion.sampling import CHURN, Info, Sampler, State, fold, normal, one_step, per_sample
 from diffrl.diffusion.times import from_log_snr
-
-Array = jax.Array
-
-# What a step's key is folded with, so that churn draws apart from the sampler that it wraps.
-CHURN = 301
-
-
-def _at(t: Array, x: Array) -> Array:
-    """A scalar time as the [B] that denoisers take."""
-    return jnp.full(x.shape[:1], t, x.dtype)
+from diffrl.errors import UserError
 
 
 def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False) -> Sampler:
@@ -48,7 +42,8 @@ def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, l
 
     def step(keys, state, t, s, cond):
         x = state.x
-        x0, v = denoise(x, _at(t, x), cond) if learned else (denoise(x, _at(t, x), cond), interpolation)
+        estimate = denoise(x, per_sample(t, x), cond)
+        x0, v = estimate if learned else (estimate, interpolation)
         mean = posterior_mean(process, x0, x, t, s)
         last = process.sigma(s) == 0
         small = jnp.where(last, 1.0, posterior_variance(process, t, s))
@@ -60,11 +55,17 @@ def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, l
 
 
 def ddim(process: Process, denoise: Denoiser, eta: float = 0.0) -> Sampler:
-    """DDIM (Song et al., 2021, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's posterior variance."""
+    """DDIM (Song et al., 2021, eq. 12); eta = 0 is deterministic, eta = 1 has DDPM's posterior variance.
+
+    Raises:
+      UserError: eta outside [0, 1].
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta={eta}: choose 0 (DDIM's steps add no noise) to 1 (as much as DDPM's)")
 
     def step(keys, state, t, s, cond):
         x = state.x
-        x0 = denoise(x, _at(t, x), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         eps = to_eps(process, x, t, x0)
         share = eta**2 * transition_share(process, t, s)
         sigma = process.sigma(s)
@@ -103,12 +104,12 @@ def heun(process: Process, denoise: Denoiser, flow: bool = False) -> Sampler:
     def step(keys, state, t, s, cond):
         del keys
         x = state.x
-        x0 = denoise(x, _at(t, x), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         eps = to_eps(process, x, t, x0)
         euler_x = process.alpha(s) * x0 + process.sigma(s) * eps
 
         def corrected(_):
-            x0_s = denoise(euler_x, _at(s, x), cond)
+            x0_s = denoise(euler_x, per_sample(s, x), cond)
             (scale_t, u_t), (scale_s, u_s) = line(t), line(s)
             direction = 0.5 * ((eps - k * x0) + (to_eps(process, euler_x, s, x0_s) - k * x0_s))
             return scale_s * (x / scale_t + (u_s - u_t) * direction)
@@ -136,6 +137,9 @@ def churn(
     gamma: at least 0; the paper's is min(S_churn / N, sqrt(2) - 1) for N steps.
     s_noise: factor on the noise's standard deviation, in the paper up to 1.007.
     `info` is that of the step that follows: from x_t itself, x_s is no Gaussian.
+
+    Raises:
+      UserError: from `init`, where the sampler remembers earlier steps: those it would have to take back.
     """
 
     def step(keys, state, t, s, cond):
@@ -145,9 +149,8 @@ def churn(
         rises = (level >= s_min) & (level <= s_max) & jnp.isfinite(level)
         t_hat = jnp.where(rises, from_log_snr(process, -2.0 * jnp.log((1.0 + gamma) * level)), t)
         t_hat = jnp.maximum(t_hat, t)
-        std = s_noise * jnp.sqrt(jnp.where(rises, transition_variance(process, t_hat, t), 0.0))
-        scale = jnp.where(rises, process.alpha(t_hat) / process.alpha(t), 1.0)
-        raised = scale * x + std * normal(fold(keys, CHURN), x)
+        mean, std = transition(process, x, t_hat, t)
+        raised = jnp.where(rises, mean + s_noise * std * normal(fold(keys, CHURN), x), x)
         return sampler.step(keys, state._replace(x=raised), t_hat, s, cond)
 
-    return Sampler(sampler.init, step)
+    return Sampler(lambda x: one_step(sampler, x, "churn"), step)

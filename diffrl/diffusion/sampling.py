@@ -13,11 +13,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from diffrl.diffusion.process import Process
+from diffrl.errors import UserError
 
 Array = jax.Array
 
-# The fold that draws x at the grid's start; steps use 0, 1, 2, ...
-START = np.uint32(2**32 - 1)
+# What keys are folded with for other ends than to count steps, moves or draws 0, 1, 2, ...: x at the grid's start, the
+# known part of an image, churn, a corrector, a proposal and its test.  They lie where no count reaches.
+START, KNOWN, CHURN, CORRECTOR, PROPOSE, ACCEPT = (np.uint32(2**32 - n) for n in range(1, 7))
 
 
 class State(NamedTuple):
@@ -59,6 +61,28 @@ def normal(keys: Array, x: Array) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
+def rademacher(keys: Array, x: Array) -> Array:
+    """Random signs like `x` [B, ...], sample i's from key i."""
+    return jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))(keys)
+
+
+def per_sample(t: ArrayLike, x: Array) -> Array:
+    """A scalar time as the [B] that denoisers take, in the type of `x` [B, ...]."""
+    return jnp.full(x.shape[:1], t, x.dtype)
+
+
+def one_step(sampler: Sampler, x: Array, caller: str) -> State:
+    """The first state of a sampler that remembers nothing, as `caller` needs it.
+
+    Raises:
+      UserError: the sampler remembers earlier steps.
+    """
+    state = sampler.init(x)
+    if jax.tree.leaves(state.memory):
+        raise UserError(f"{caller} needs a one-step sampler, and this one has a memory: take ddim, ancestral or heun")
+    return state
+
+
 def start(process: Process, key: Array, shape: tuple[int, ...], t: ArrayLike = 1.0, dtype=jnp.float32) -> Array:
     """x_t ~ N(0, alpha(t)^2 + sigma(t)^2) of `shape` [B, ...]: where a sampler starts.
 
@@ -80,6 +104,7 @@ def sample(
     """Walks `sampler` along `times` [N + 1] from `x` [B, ...] (see `start`), in one scan.
 
     key: one key (sample i uses fold_in(key, i)) or [B] keys.  cond: a tree whose leaves have leading axis B.
+    times: strictly falling, for the samplers that walk from noise to data.
     Returns x at times[-1]; with `trace=True` also (x, info) after every step, stacked on a new leading axis [N], or,
     where `trace` is a function, what it keeps of (x, info).
     """

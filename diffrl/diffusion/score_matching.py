@@ -67,7 +67,8 @@ def sliced(
 
     variance_reduction: ||s||^2 in place of its estimate (v^T s)^2 (SSM-VR).  With J the Jacobian's symmetric part and
     normal v, the variance at x is 2 ||J||_F^2 with it and 2 ||J + s s^T / 2||_F^2 without.
-    direction: (keys [B], x) -> v like x, with E[v v^T] = I: `sampling.normal`, or `rademacher`.
+    direction: (keys [B], x) -> v like x, with E[v v^T] = I: `sampling.normal`, or `sampling.rademacher`, with which
+    the trace's estimate errs off the Jacobian's diagonal only.
     """
 
     def objective(score, x, keys):
@@ -81,11 +82,6 @@ def sliced(
         return jax.lax.map(along, jnp.arange(num)).mean(axis=0)
 
     return objective
-
-
-def rademacher(keys: Array, x: Array) -> Array:
-    """Random signs like `x` [B, ...], sample i's from key i: the trace's estimator errs off the diagonal only."""
-    return jax.vmap(lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))(keys)
 
 
 def denoising(sigma: float) -> Objective:

@@ -26,17 +26,14 @@ from jax.typing import ArrayLike
 
 from diffrl.diffusion.langevin import moves
 from diffrl.diffusion.prediction import Denoiser, to_eps, to_output, velocity_head
-from diffrl.diffusion.process import Process, expand, transition_variance
-from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal
+from diffrl.diffusion.process import Process, expand, transition
+from diffrl.diffusion.sampling import CORRECTOR, Info, Sampler, State, fold, normal, per_sample
 from diffrl.errors import UserError
 
 Array = jax.Array
 
 # sigma may have an infinite slope at t = 0 where that of sigma^2 is finite; the latter is taken here instead.
 EARLIEST = 1e-12
-
-# What a step's key is folded with, so that the corrector draws apart from the predictor.
-CORRECTOR = 201
 
 
 def _slope(curve: Callable[[Array], Array], t: ArrayLike) -> Array:
@@ -90,8 +87,7 @@ def forward(process: Process) -> Sampler:
 
     def step(keys, state, t, s, cond):
         x = state.x
-        mean = process.alpha(s) / process.alpha(t) * x
-        std = jnp.sqrt(transition_variance(process, s, t))
+        mean, std = transition(process, x, s, t)
         return State(mean + std * normal(keys, x)), Info(x, mean, std)
 
     return Sampler(State, step)
@@ -108,7 +104,7 @@ def euler_maruyama(process: Process, denoise: Denoiser, noise: float = 1.0) -> S
 
     def step(keys, state, t, s, cond):
         x = state.x
-        x0 = denoise(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         slope = velocity(process, x, t, x0)
         if noise == 0:
             mean = x + (s - t) * slope

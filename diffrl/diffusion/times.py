@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffrl.diffusion.checks import concrete
 from diffrl.diffusion.process import Process, log_snr
+from diffrl.errors import UserError
 
 Array = jax.Array
 Draw = Callable[[Array], Array]
@@ -51,9 +53,13 @@ def linear_grid(num: int, start: float = 1.0, end: float = 0.0) -> Array:
 
 
 def table_grid(steps: int, num: int) -> Array:
-    """`num` of the T = `steps` nodes n / T of a table, evenly spaced from T, and then 0: [num + 1] ("trailing")."""
+    """`num` of the T = `steps` nodes n / T of a table, evenly spaced from T, and then 0: [num + 1] ("trailing").
+
+    Raises:
+      UserError: `num` below 1 or above `steps`.
+    """
     if not 1 <= num <= steps:
-        raise ValueError(f"a table of {steps} steps cannot be walked in {num}; choose 1 to {steps}")
+        raise UserError(f"a table of {steps} steps cannot be walked in {num}; choose 1 to {steps}")
     return jnp.asarray(np.round(np.linspace(steps, 0, num + 1)) / steps, jnp.result_type(float))
 
 
@@ -68,8 +74,9 @@ def karras_grid(
     """EDM's grid: sigma / alpha from `sigma_max` to `sigma_min`, even in its 1/rho-th power, and then t = 0: [num + 1].
 
     Karras et al. (2022), eq. 5, turned into times of `process`, and starting no higher than sigma(1) / alpha(1).
+    Raises what `highest` does.
     """
-    top = _highest(process, sigma_max) ** (1 / rho)
+    top = highest(process, sigma_min, sigma_max) ** (1 / rho)
     levels = (top + jnp.linspace(0.0, 1.0, num) * (sigma_min ** (1 / rho) - top)) ** rho
     return _grid_of_levels(process, levels)
 
@@ -79,13 +86,22 @@ def log_snr_grid(process: Process, num: int, sigma_min: float = 0.002, sigma_max
 
     DPM-Solver's grid (Lu et al., 2022): `karras_grid` for infinite rho, with the same bounds.
     """
-    top = _highest(process, sigma_max)
+    top = highest(process, sigma_min, sigma_max)
     return _grid_of_levels(process, top * (sigma_min / top) ** jnp.linspace(0.0, 1.0, num))
 
 
-def _highest(process: Process, sigma_max: float) -> Array:
-    # Levels beyond the process would all become t = 1, and a step from 1 to 1 has no variance to take the log of.
-    return jnp.minimum(sigma_max, jnp.exp(-0.5 * log_snr(process, jnp.ones(()))))
+def highest(process: Process, sigma_min: float, sigma_max: float) -> Array:
+    """The highest of the levels sigma / alpha down to `sigma_min`: `sigma_max`, or sigma(1) / alpha(1) if that is less.
+
+    Levels beyond the process would all become t = 1, and a step from 1 to 1 has no variance to take the log of.
+
+    Raises:
+      UserError: it is not above `sigma_min`.
+    """
+    top = jnp.minimum(sigma_max, jnp.exp(-0.5 * log_snr(process, jnp.ones(()))))
+    if concrete(top, sigma_min) and sigma_min >= top:
+        raise UserError(f"sigma_min={sigma_min} is not below the highest sigma / alpha, {top:.4g}: choose a lower one")
+    return top
 
 
 def _grid_of_levels(process: Process, levels: Array) -> Array:

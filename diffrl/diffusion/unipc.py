@@ -25,7 +25,8 @@ import jax.numpy as jnp
 
 from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import Process, log_snr
-from diffrl.diffusion.sampling import Info, Sampler, State
+from diffrl.diffusion.sampling import Info, Sampler, State, per_sample
+from diffrl.errors import UserError
 
 Array = jax.Array
 
@@ -48,10 +49,10 @@ def unipc(process: Process, denoise: Denoiser, order: int = 2) -> Sampler:
     `info.x0` is the estimate at the x before its correction, the only one there is.
 
     Raises:
-      ValueError: another order.
+      UserError: another order.
     """
     if order not in (2, 3):
-        raise ValueError(f"UniPC of order {order}: choose 2 or 3")
+        raise UserError(f"UniPC of order {order}: choose 2 or 3")
 
     def init(x):
         # Infinitely long steps before the first: their slopes are 0.
@@ -61,7 +62,7 @@ def unipc(process: Process, denoise: Denoiser, order: int = 2) -> Sampler:
     def step(keys, state, t, s, cond):
         del keys
         x, before = state
-        x0 = denoise(x, jnp.full(x.shape[:1], t, x.dtype), cond)
+        x0 = denoise(x, per_sample(t, x), cond)
         # Added to x instead of making x anew, so that what a wrapper has changed in it stays changed.
         x = x + before.alpha * correction(before.h, before.x0, x0)
         h = (0.5 * (log_snr(process, s) - log_snr(process, t)), *before.h[:-1])

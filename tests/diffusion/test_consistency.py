@@ -82,6 +82,16 @@ def test_karras_ladder():
     np.testing.assert_allclose(ladder.place(rungs), np.arange(18) / 17, atol=1e-5)
 
 
+def test_a_karras_ladder_ends_where_the_process_does():
+    """VE goes to 50 and the ladder's default to 80: no two rungs are one, and no gap is 0."""
+    ladder, weight = consistency.karras_ladder(PROCESSES["ve"]), consistency.inverse_gap(PROCESSES["ve"])
+    rungs = ladder.time(jnp.arange(19) / 18)
+    assert rungs[-1] == pytest.approx(1.0)
+    assert np.all(np.diff(rungs) > 0)
+    assert np.all(np.isfinite(weight(rungs[1:], rungs[:-1])))
+    np.testing.assert_allclose(ladder.place(rungs), np.arange(19) / 18, atol=1e-5)
+
+
 def test_log_normal_intervals_have_the_papers_mass():
     """p(i) ~ erf((log u_{i+1} - mean) / (sqrt 2 std)) - erf((log u_i - mean) / (sqrt 2 std)), the tails at the ends."""
     process, num = P.ve(0.002, 100.0), 8

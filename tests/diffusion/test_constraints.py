@@ -10,7 +10,8 @@ import scipy.stats
 from diffusion_cases import CURVES, PROCESSES, blobs, key
 
 from diffrl.diffusion import constraints, mixtures, samplers, times
-from diffrl.diffusion.sampling import Info, Sampler, State, sample, start
+from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, sample, sample_keys, start
+from diffrl.errors import UserError
 
 PROCESS, CURVE = PROCESSES["cosine"], CURVES["cosine"]
 # Two bars that lie across each other: what is known of the first coordinate says much about the second.
@@ -69,6 +70,23 @@ def test_travel_grid_takes_the_papers_number_of_steps():
     moves = np.rint(250 * np.diff(grid)).astype(int)
     assert set(moves) == {-1, 10}
     assert np.abs(moves).sum() == 250 + 2 * 10 * 9 * 24
+
+
+@pytest.mark.parametrize(("jump", "resample"), [(0, 10), (10, 0), (-1, 1)])
+def test_travel_grids_that_go_nowhere_are_one_line(jump, resample):
+    with pytest.raises(UserError, match=f"jump={jump}, resample={resample}"):
+        constraints.travel_grid(GRID, jump, resample)
+
+
+def test_the_known_parts_noise_is_no_moves():
+    """Of 300 Langevin moves at one level none draws what the known part is noised with."""
+    known = jnp.zeros((2, 3))
+    grid = jnp.array([0.9, 0.8])
+    keys = fold(sample_keys(key(), 2), 0)
+    sampler = constraints.inpaint(samplers.ddim(PROCESS, lambda x, t, cond: x), PROCESS, known, True)
+    z = sample(sampler, key(), known, grid) / PROCESS.sigma(grid[1])
+    moves = jax.vmap(lambda n: normal(fold(keys, n), known))(jnp.arange(300))
+    assert np.abs(moves - z).max(axis=(1, 2)).min() > 0.1
 
 
 @pytest.mark.parametrize("process", ["cosine", "flow", "ve"])

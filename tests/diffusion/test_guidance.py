@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from diffusion_cases import PROCESSES, key
 
-from diffrl.diffusion import guidance, mixtures, prediction, samplers
+from diffrl.diffusion import dpm_solver, guidance, mixtures, prediction, samplers, sde, unipc
 from diffrl.diffusion.sampling import sample, sample_keys
+from diffrl.errors import UserError
 
 PROCESS = PROCESSES["cosine"]
 CLASSES = [mixtures.mixture([1.0], [mean], [0.09]) for mean in ([-1.0, 0.0], [1.0, 0.5])]
@@ -201,6 +202,13 @@ def test_rescale_keeps_each_samples_std():
     np.testing.assert_allclose(guided.std((1, 2, 3)), c.std((1, 2, 3)), rtol=1e-5)
 
 
+def test_rescale_leaves_a_constant_alone():
+    """One entry, or equal ones, have no std to bring back."""
+    for shape in ((2, 1), (2, 3)):
+        u, c = jnp.zeros(shape), jnp.ones(shape)
+        np.testing.assert_array_equal(guidance.rescale(0.7)(u, c, 3.0), np.full(shape, 3.0))
+
+
 def test_project_by_hand():
     """c = (2, 0) and c - u = (3, 4), of length 5: parallel (3, 0), orthogonal (0, 4).  A radius of 2.5 halves both."""
     c, u, s = jnp.array([[2.0, 0.0]]), jnp.array([[-1.0, -4.0]]), 2.0
@@ -258,6 +266,27 @@ def test_no_momentum_is_plain_guidance():
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [dpm_solver.dpmpp_2m, unipc.unipc])
+def test_momentum_keeps_the_memory_of_multistep_samplers(make):
+    pair = guidance.against_null(class_conditional, NULL)
+    plain = make(PROCESS, guidance.classifier_free(class_conditional, 3.0, NULL))
+    sampler = guidance.momentum(lambda denoise: make(PROCESS, denoise), pair, 3.0, beta=0.0)
+    expected, actual = (jax.jit(lambda x, s=s: sample(s, key(), x, GRID, LABEL))(X) for s in (plain, sampler))
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda denoise: samplers.heun(PROCESS, denoise),
+    lambda denoise: samplers.churn(ddim(denoise), PROCESS, 0.1),
+    lambda denoise: sde.predictor_corrector(ddim(denoise), PROCESS, denoise),
+], ids=["heun", "churn", "predictor_corrector"])  # fmt: skip
+def test_momentum_refuses_samplers_with_other_estimates(wrap):
+    """A second one, or one at another x: the pair was evaluated at (x_t, t) alone."""
+    sampler = guidance.momentum(wrap, guidance.against_null(class_conditional, NULL), 3.0)
+    with pytest.raises(UserError, match="one estimate a step"):
+        jax.eval_shape(lambda x: sample(sampler, key(), x, GRID, LABEL), X)
+
+
 @pytest.mark.oracle
 def test_momentum_against_diffusers_buffer():
     """DDIM by hand, in numpy, around diffusers' guidance."""
@@ -311,6 +340,12 @@ def test_dynamic_threshold_by_hand():
     pictures = jnp.tile(x0[:, :, None, None], (1, 1, 2, 2))
     tiled = guidance.dynamic_threshold(lambda x, t, cond: x, 1.0)(pictures, None, None)
     np.testing.assert_allclose(tiled[:, :, 1, 1], [[0, -0.25, 0.5, -0.75, 1], expected[1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("percentile", [99.5, 0.0])
+def test_a_percentile_is_a_share(percentile):
+    with pytest.raises(UserError, match=f"percentile={percentile}: choose a share"):
+        guidance.dynamic_threshold(lambda x, t, cond: x, percentile)
 
 
 def test_dropped_conditions():

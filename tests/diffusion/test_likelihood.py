@@ -12,6 +12,7 @@ from diffusion_cases import CURVES, key
 
 from diffrl.diffusion import likelihood
 from diffrl.diffusion import process as P
+from diffrl.errors import UserError
 
 LEVELS = jnp.asarray(np.arange(256) / 127.5 - 1, jnp.float32)
 
@@ -257,3 +258,8 @@ def test_bits_of_an_image_do_not_depend_on_its_batch():
     denoise = exact(process, jnp.zeros(256))
     run = jax.jit(lambda x0: likelihood.variational_bound(process, denoise, grid, key(), x0)["total"])
     np.testing.assert_allclose(run(UNIFORM[:2]), run(UNIFORM[:5])[:2], rtol=1e-5)
+
+
+def test_a_bound_of_one_step_is_refused():
+    with pytest.raises(UserError, match="a bound of 1 step: choose 2 or more"):
+        likelihood.variational_bound(P.cosine(), lambda x, t, cond: x, jnp.array([0.0, 0.9]), key(), jnp.zeros((2, 3)))

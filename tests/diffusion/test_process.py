@@ -6,6 +6,7 @@ import pytest
 from diffusion_cases import CURVES, NAMES, PROCESSES
 
 from diffrl.diffusion import process as P
+from diffrl.errors import UserError
 
 TABLES = {  # at T = 4000 the linear one has its betas divided by 4, as improved DDPM scales them
     "linear": (P.linear_betas(), 1000),
@@ -64,7 +65,7 @@ def test_between_the_nodes_log_alpha_bar_is_linear():
     "table", [[0.5, 0.6], [0.5, 0.5], [1.0, 0.5], [0.5, 0.0], [[0.5, 0.4]], [0.5, float("nan")], [1.5, 0.5]]
 )
 def test_tables_that_are_none(table):
-    with pytest.raises(ValueError, match="strictly falling"):
+    with pytest.raises(UserError, match="fall strictly"):
         P.tabulated(np.array(table))
 
 

@@ -7,7 +7,7 @@ import pytest
 from diffusion_cases import CURVES, PROCESSES, key
 
 from diffrl.diffusion import losses, prediction, score_matching
-from diffrl.diffusion.sampling import fold, sample_keys
+from diffrl.diffusion.sampling import fold, rademacher, sample_keys
 
 D, N = 3, 20_000
 MEAN = np.array([0.5, -1.0, 0.2])
@@ -21,7 +21,7 @@ OBJECTIVES = {
     "implicit": score_matching.implicit,
     "sliced": score_matching.sliced(4, variance_reduction=False),
     "sliced, reduced": score_matching.sliced(2),
-    "sliced, signs": score_matching.sliced(2, direction=score_matching.rademacher),
+    "sliced, signs": score_matching.sliced(2, direction=rademacher),
     "denoising": score_matching.denoising(SIGMA),
 }
 # Far from the optimum, so that no gradient is small there.
@@ -129,7 +129,7 @@ def of_a_network(x, keys):
 
     jacobians = jax.vmap(jax.jacfwd(lambda one: score(one[None])[0].ravel()))(x.reshape(-1, 3, 2)).reshape(-1, 6, 6)
     oracle = jnp.trace(jacobians, axis1=1, axis2=2) + 0.5 * (score(x) ** 2).sum((1, 2))
-    many = score_matching.sliced(3000, direction=score_matching.rademacher)
+    many = score_matching.sliced(3000, direction=rademacher)
     return score_matching.implicit(score, x, keys), oracle, many(score, x, keys)
 
 

@@ -10,6 +10,7 @@ from diffusion_cases import CURVES, NAMES, PROCESSES, key, switched
 from diffrl.diffusion import process as P
 from diffrl.diffusion import times
 from diffrl.diffusion.sampling import sample_keys
+from diffrl.errors import UserError
 
 # Karras et al. (2022), eq. 5 with N = 18, sigma in [0.002, 80], rho = 7.
 EDM_18 = [80.0, 57.586, 40.786, 28.375, 19.352, 12.91, 8.4009, 5.3152, 3.2568, 1.9233, 1.0882, 0.58535]
@@ -129,5 +130,14 @@ def test_linear_and_table_grids():
 
 @pytest.mark.parametrize("num", [0, -1, 1001])
 def test_a_table_cannot_be_walked_so(num):
-    with pytest.raises(ValueError, match="1000 steps cannot be walked in"):
+    with pytest.raises(UserError, match="1000 steps cannot be walked in"):
         times.table_grid(1000, num)
+
+
+@pytest.mark.parametrize("make", [times.karras_grid, times.log_snr_grid])
+def test_grids_without_a_level_are_refused(make):
+    """The same short table: below a smallest level of 1.5 there is no step to take, and none would have a length."""
+    process = P.tabulated(P.alpha_bars(P.linear_betas(100)))
+    with pytest.raises(UserError, match=r"sigma_min=1.5 is not below the highest sigma / alpha, 1.323"):
+        make(process, 4, sigma_min=1.5)
+    assert jax.jit(lambda low: make(process, 4, sigma_min=low))(0.1).shape == (5,)  # unknown values pass

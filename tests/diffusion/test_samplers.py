@@ -6,13 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from diffusion_cases import CURVES, MEAN, NAMES, PROCESSES, VARIANCE, blobs, key, order, switched
+from diffusion_cases import (
+    CURVES,
+    MEAN,
+    NAMES,
+    PROCESSES,
+    SPANS,
+    VARIANCE,
+    blobs,
+    flow_order,
+    gaussian,
+    key,
+    law_errors,
+    order,
+    switched,
+)
 
 from diffrl.diffusion import dpm_solver, mixtures, samplers, times, unipc
 from diffrl.diffusion import process as P
-from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, sample, start
+from diffrl.diffusion.sampling import CHURN, Info, Sampler, State, fold, normal, sample, start
+from diffrl.errors import UserError
 
-GAUSSIAN = mixtures.mixture([1.0], [[MEAN]], [VARIANCE])
+GAUSSIAN = gaussian()
 
 
 def exact_v(process, t, s, variance=VARIANCE):
@@ -155,11 +170,40 @@ def test_moments_of_a_mixture(name):
 # --- Orders of convergence -------------------------------------------------------------------------------------------
 
 
+def churned(process, denoise):
+    """Heun with an amount of churn that shrinks with the step, as EDM's S_churn / N does."""
+
+    def step(keys, state, t, s, cond):
+        return samplers.churn(samplers.heun(process, denoise), process, 3.0 * (t - s)).step(keys, state, t, s, cond)
+
+    return Sampler(State, step)
+
+
+def churns_noise(keys, x):
+    return normal(fold(keys, CHURN), x)
+
+
 @pytest.mark.parametrize(("name", "theory"), [("euler", 1), ("heun", 2), ("heun_flow", 2)])
-@pytest.mark.parametrize("process", ["cosine", "flow"])
-def test_order_of_convergence(name, theory, process):
-    grids = [np.linspace(0.9, 0.1, n + 1) for n in (20, 40, 80)]
-    assert order(SAMPLERS[name], process, grids) == pytest.approx(theory, abs=0.2)
+def test_order_of_convergence(name, theory):
+    for process, span in SPANS.items():
+        grids = [np.linspace(*span, n + 1) for n in (20, 40, 80)]
+        assert flow_order(SAMPLERS[name], process, grids) == pytest.approx(theory, abs=0.2), process
+
+
+@pytest.mark.parametrize(("make", "noise", "theory"), [
+    (SAMPLERS["ancestral0"], normal, 1),
+    (SAMPLERS["ancestral1"], normal, 1),
+    (SAMPLERS["ddim0.5"], normal, 1),
+    (SAMPLERS["ddim1"], normal, 1),
+    (churned, churns_noise, 2),
+], ids=["ancestral0", "ancestral1", "ddim0.5", "ddim1", "heun_churn"])  # fmt: skip
+def test_weak_order_of_convergence(make, noise, theory):
+    """The variance's; the mean of Gaussian data is exact, whatever the grid."""
+    counts = np.array([40, 80, 160])
+    for process, span in SPANS.items():
+        means, variances = law_errors(make, process, [np.linspace(*span, n + 1) for n in counts], noise)
+        assert order(variances, counts) == pytest.approx(theory, abs=0.2), process
+        assert np.abs(means).max() < 1e-12, process
 
 
 def test_heun_ends_with_eulers_step():
@@ -212,6 +256,12 @@ def test_learned_variance_of_one_kind_equals_the_fixed():
         np.testing.assert_allclose(*both(v), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("eta", [-0.1, 1.5])
+def test_ddim_refuses_more_noise_than_ddpms(eta):
+    with pytest.raises(UserError, match=f"eta={eta}"):
+        samplers.ddim(PROCESSES["cosine"], None, eta)
+
+
 # --- Churn -----------------------------------------------------------------------------------------------------------
 
 
@@ -251,10 +301,17 @@ def test_churn_is_edms_algorithm_2():
     for t, s in [(2.0, 1.0), (1.0, 0.4), (0.4, 0.1)]:
         keys = jax.random.split(key(int(10 * t)), 2)
         state, _ = churned.step(keys, State(jnp.asarray(x, jnp.float32)), jnp.float32(t / 4), jnp.float32(s / 4), None)
-        eps = s_noise * np.asarray(normal(fold(keys, samplers.CHURN), jnp.asarray(x, jnp.float32)), np.float64)
+        eps = s_noise * np.asarray(normal(fold(keys, CHURN), jnp.asarray(x, jnp.float32)), np.float64)
         t_hat = t + (gamma if s_min <= t <= s_max else 0.0) * t
         x_hat = x + np.sqrt(t_hat**2 - t**2) * eps
         d = (x_hat - (0.5 * x_hat + t_hat / 4)) / t_hat
         euler = x_hat + (s - t_hat) * d
         x = x_hat + (s - t_hat) * 0.5 * (d + (euler - (0.5 * euler + s / 4)) / s)
         np.testing.assert_allclose(state.x, x, rtol=2e-5, atol=1e-5)
+
+
+def test_churn_refuses_a_memory():
+    process = PROCESSES["cosine"]
+    churned = samplers.churn(dpm_solver.dpmpp_2m(process, mixtures.denoiser(blobs(), process)), process, 0.1)
+    with pytest.raises(UserError, match="churn needs a one-step sampler"):
+        sample(churned, key(), jnp.zeros((2, 2)), jnp.array([0.9, 0.5]))

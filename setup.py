@@ -43,6 +43,6 @@ setup(
         "ode": ["diffrax>=0.7"],  # probability flows to a tolerance instead of in steps
         "dev": ["diffrax>=0.7", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
         # Reference implementations that tests compare with; never imported by the package.
-        "oracles": ["diffusers>=0.30", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*"],
+        "oracles": ["diffusers>=0.30", "gymnasium>=1.2", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*"],
     },
 )

@@ -47,6 +47,7 @@ class Config:
     """What is learned where, and for how long."""
 
     worlds: tuple[str, ...] = config_lib.leaf(("lake", "cliff", "taxi"), "of lake, lake8x8, cliff, taxi")
+    learners: tuple[str, ...] = config_lib.leaf((), "only these; all if empty")
     seeds: int = config_lib.leaf(10, "independent runs of each learner", at_least=2)
     steps: int = config_lib.leaf(100_000, "of each run", at_least=10 * BINS)
     alpha: float = config_lib.leaf(0.3, "step size", above=0, at_most=1)
@@ -81,6 +82,7 @@ WORLDS: dict[str, Callable[[], World]] = {
 
 
 def learners(config: Config, discount: float) -> dict[str, Learner]:
+    """Those that learn from single steps."""
     alpha = config.alpha
     return {
         "SARSA": tabular.sarsa(alpha, discount),
@@ -212,6 +214,10 @@ def main(config: Config, run: config_lib.Run) -> None:
     for name in config.worlds:
         if name not in WORLDS:
             raise UserError(f"--config.worlds={name!r} is no world: choose from {', '.join(WORLDS)}")
+    known = [*learners(config, 1.0), "Monte Carlo"]
+    for name in config.learners:
+        if name not in known:
+            raise UserError(f"--config.learners={name!r} is no learner: choose from {', '.join(known)}")
     run.workdir.mkdir(parents=True, exist_ok=True)
     draw_optimal(config, run.workdir / "optimal.png")
     greedy_rule = exploration.epsilon_greedy(config.epsilon)
@@ -221,11 +227,12 @@ def main(config: Config, run: config_lib.Run) -> None:
         world = WORLDS[name]()
         best = optimum(world)
         lines.append(f"| {name} | optimum | {best:.4f} | |")
-        runs = {
-            each: train(config, world, learner, greedy_rule)
+        makers = {
+            each: functools.partial(train, config, world, learner, greedy_rule)
             for each, learner in learners(config, world.discount).items()
         }
-        runs["Monte Carlo"] = monte_carlo(config, world)
+        makers["Monte Carlo"] = functools.partial(monte_carlo, config, world)
+        runs = {each: makers[each]() for each in config.learners or makers}
         panels[name], saved[name] = runs, {"optimum": best, **{each: summary(r) for each, r in runs.items()}}
         lines += [row(name, each, r) for each, r in runs.items()]
     draw_curves(config, run.workdir / "learning.png", panels, [WORLDS[name]() for name in config.worlds])

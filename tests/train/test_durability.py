@@ -11,29 +11,34 @@ import sys
 import time
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import toy
 
 from diffrl.train.checkpoint import Checkpoints
 
+ROOT = pathlib.Path(__file__).parents[2]
 WORKER = pathlib.Path(__file__).with_name("durable_worker.py")
 STEPS = 300
 
 
 def start(folder):
-    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return subprocess.Popen(
-        [sys.executable, WORKER, folder, str(STEPS)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return spawn(WORKER, folder, str(STEPS))
+
+
+def spawn(*argv, **env):
+    """Python with these arguments, its output to be read."""
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *argv], env={**os.environ, **cache, **env}, cwd=ROOT, **pipes, text=True)
 
 
 def finish(process):
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
 
 
@@ -82,3 +87,68 @@ def test_interrupted_runs_end_the_same(tmp_path, whole, signals):
     # A run stopped within a logging window starts that window anew.
     assert sum(a != b for a, b in zip(losses, whole[2], strict=True)) <= signals.count(TERM)
     assert [step for step, _ in losses] == list(range(10, STEPS + 1, 10))
+
+
+DDPM_STEPS = 240
+DDPM = [
+    *("--config.unet.channels=8", "--config.unet.groups=4", "--config.data.flip"),
+    *(f"--config.train.steps={DDPM_STEPS}", "--config.train.batch_size=16", "--config.train.checkpoint_every=10"),
+    *("--config.train.log_every=1", "--config.train.sample_every=0", "--config.optim.warmup_steps=5"),
+    *("--config.sample.steps=1", "--config.eval.judge=none"),
+]
+
+
+def start_ddpm(folder):
+    """The experiment as a user starts it, on two virtual devices."""
+    return spawn(
+        *("-m", "experiments.ddpm", f"--workdir={folder}", *DDPM),
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+
+
+def logged(folder):
+    """[(step, loss)] so far; the last line may be half written."""
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def kill_ddpm(folder, after):
+    """Starts the experiment and kills it when it has done `after` steps more; returns the step at which it was."""
+    process = start_ddpm(folder)
+    while "compiling the first step" not in process.stderr.readline():  # by now metrics.jsonl is cut
+        assert process.poll() is None
+    first = len(logged(folder)) if (folder / "metrics.jsonl").exists() else 0
+    while not (folder / "metrics.jsonl").exists() or len(logged(folder)) < first + after:
+        assert process.poll() is None, "it ended before it was killed"
+        time.sleep(0.002)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    return len(logged(folder))
+
+
+@pytest.mark.slow
+def test_a_killed_ddpm_ends_the_same(tmp_path):
+    """U-Net, digits, loader with mirrored images, prefetch, Adam, average: killed at twelve random steps."""
+    rng = random.Random(0)
+    killed = [kill_ddpm(tmp_path / "killed", after=rng.randint(1, 30)) for _ in range(12)]
+    assert len({step % 10 for step in killed}) >= 5, f"killed at {killed}: too regular to prove anything"
+    ends = []
+    for name in ("killed", "whole"):
+        finish(start_ddpm(tmp_path / name))
+        checkpoints = tmp_path / name / "checkpoints" / str(DDPM_STEPS)
+        contents = json.loads((checkpoints / "contents.json").read_text())
+        arrays = arrays_of(checkpoints)
+        assert {key.split("/")[0] for key in arrays} == {"step", "params", "ema", "opt_state", "key"}
+        ends.append((arrays, contents, logged(tmp_path / name)))
+    (arrays, contents, losses), whole = ends
+    jax.tree.map(np.testing.assert_array_equal, arrays, whole[0])
+    assert contents == whole[1]
+    assert contents["data"] == [{"step": DDPM_STEPS}]
+    assert losses == whole[2]  # to the last bit: every step saw the batch that it would have seen
+    assert [step for step, _ in losses] == list(range(1, DDPM_STEPS + 1))
+
+
+def arrays_of(checkpoint):
+    """{name: array} as Orbax reads them, with no model in between."""
+    return ocp.PyTreeCheckpointer().restore(checkpoint / "state")

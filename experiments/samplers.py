@@ -1,11 +1,12 @@
 """Sample quality against the number of network calls, for every sampler of this library.
 
-    python -m experiments.samplers                            # a mixture and 8x8 digits: four minutes of two CPU cores
+    python -m experiments.samplers                            # a mixture and 8x8 digits: five minutes of two CPU cores
     python -m experiments.samplers --config.grid=karras --workdir=runs/samplers/karras
     python -m experiments.samplers --preset=cifar10 --config.model=WORKDIR --config.image.eval.judge_weights=NPZ
 
-Ancestral (Ho et al., 2020), DDIM and Euler-Maruyama (both Song et al., 2021), Heun and churn (Karras et al., 2022),
-DPM-Solver++ and its SDE (Lu et al., 2022) and UniPC (Zhao et al., 2023) walk one grid of noise levels (--config.grid).
+Ancestral (Ho et al., 2020), DDIM, Euler-Maruyama and predictor-corrector (all Song et al., 2021), annealed Langevin
+(Song & Ermon, 2019), Heun and churn (Karras et al., 2022), DPM-Solver++ and its SDE (Lu et al., 2022) and UniPC (Zhao
+et al., 2023) walk one grid of noise levels (--config.grid); what a corrector calls the network for counts too.
 On a mixture of Gaussians the denoiser is exact, so that what is left is the sampler's error: sliced Wasserstein
 distance to exact samples, and for solvers of the probability flow the distance to where it ends.  On a trained model
 (WORKDIR: of experiments.ddpm; without one a small model of digits is trained in the workdir) a judge's Fréchet distance
@@ -14,7 +15,8 @@ and verdicts stand beside those of held-out real images.
 Expect DPM-Solver++(2M) and UniPC to need a half to a third of DDIM's calls.  Heun, at two calls a step, is level with
 DDIM in rectified flow's variable, and diverges below 20 calls in EDM's, which wants Karras's grid.  Noise costs calls
 where the denoiser is exact, and mends some of the network's errors where it is not: there SDE-DPM-Solver++ and churn
-come closest to the data.
+come closest to the data.  Below 25 calls a corrector costs more than it mends, and one Langevin move a level is
+not enough for images at 50.
 
 Ends with quality.png, samples.png (a row for each sampler, its budgets from left to right), table.md (on
 the mixture also of the other grids) and results.json; a second run of the same command measures only what is missing.
@@ -23,7 +25,7 @@ the mixture also of the other grids) and results.json; a second run of the same 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,17 +34,17 @@ import numpy as np
 from tqdm import tqdm
 
 from diffrl import config as config_lib
-from diffrl import config_tree
 from diffrl.data import toy
-from diffrl.diffusion import dpm_solver, mixtures, process, samplers, sde, times, unipc
+from diffrl.diffusion import mixtures, process, times
 from diffrl.diffusion.process import Process
-from diffrl.diffusion.sampling import Info, Sampler, sample, start
+from diffrl.diffusion.sampling import sample, start
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, plots
 from diffrl.evaluate.wasserstein import sliced_wasserstein
 from diffrl.recipes import denoising, images, scores
+from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
-from diffrl.train import mesh
+from diffrl.recipes.solvers import Method, SolverConfig, methods, still_at_the_end
 from diffrl.train.mesh import init_distributed
 
 GRIDS = ("linear", "quadratic", "karras", "log_snr")
@@ -64,7 +66,7 @@ class Config:
     image_budgets: tuple[int, ...] = config_lib.leaf((5, 7, 10, 15, 25, 50), "network calls, on the images")
     reference_steps: int = config_lib.leaf(500, "of Heun, to find where the probability flow ends")
     points: int = config_lib.leaf(8192, "samples of the mixture")
-    s_churn: float = config_lib.leaf(10.0, "of Heun with churn: how much noise a whole walk adds")
+    solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
     methods: tuple[str, ...] = config_lib.leaf((), "only these samplers; all if empty", free=True)
 
 
@@ -87,46 +89,6 @@ def cifar10() -> Config:
     )
 
 
-# --- The samplers ----------------------------------------------------------------------------------------------------
-
-
-class Method(NamedTuple):
-    """A step makes `calls` network calls; the last one makes one."""
-
-    # (process, denoise, number of steps, config) -> sampler
-    make: Callable[[Process, Callable, jax.Array, Config], Sampler]
-    colour: str
-    follows: bool = True  # a solver of the probability flow
-    calls: int = 1
-
-    def steps(self, budget: int) -> int:
-        """The most steps that cost no more than `budget` calls."""
-        return (budget + self.calls - 1) // self.calls
-
-
-def churned(p: Process, denoise: Callable, steps: jax.Array, config: Config) -> Sampler:
-    gamma = jnp.minimum(config.s_churn / steps, np.sqrt(2.0) - 1.0)
-    return samplers.churn(samplers.heun(p, denoise, flow=True), p, gamma)
-
-
-def methods() -> dict[str, Method]:
-    """All samplers by name; noise is dashed in the plot, and a colour is a method with and without it."""
-    blue, red, green, pink, orange, sky, black, grey = plots.COLOURS
-    return {
-        "DDIM = Euler": Method(lambda p, d, n, c: samplers.ddim(p, d), blue),
-        "Heun (EDM)": Method(lambda p, d, n, c: samplers.heun(p, d), black, calls=2),
-        "Heun (flow)": Method(lambda p, d, n, c: samplers.heun(p, d, flow=True), green, calls=2),
-        "DPM-Solver++(2M)": Method(lambda p, d, n, c: dpm_solver.dpmpp_2m(p, d), red),
-        "UniPC-2": Method(lambda p, d, n, c: unipc.unipc(p, d, 2), orange),
-        "UniPC-3": Method(lambda p, d, n, c: unipc.unipc(p, d, 3), pink),
-        "ancestral, small = DDIM, eta 1": Method(lambda p, d, n, c: samplers.ancestral(p, d), blue, False),
-        "ancestral, large": Method(lambda p, d, n, c: samplers.ancestral(p, d, 1.0), sky, False),
-        "Heun (flow), churn": Method(churned, green, False, 2),
-        "SDE-DPM-Solver++(2M)": Method(lambda p, d, n, c: dpm_solver.dpmpp_2m_sde(p, d), red, False),
-        "Euler-Maruyama": Method(lambda p, d, n, c: sde.euler_maruyama(p, d), grey, False),
-    }
-
-
 def make_grid(config: Config, name: str, p: Process, steps: int) -> np.ndarray:
     """`steps` steps from noise to t = 0, float32 [steps + 1]."""
     first = 1.0 if float(p.alpha(jnp.ones(()))) > 0 else 0.999
@@ -137,18 +99,6 @@ def make_grid(config: Config, name: str, p: Process, steps: int) -> np.ndarray:
         "log_snr": lambda: times.log_snr_grid(p, steps, config.sigma_min, config.sigma_max),
     }
     return np.asarray(denoising.choose("grid", name, options)())
-
-
-def still_at_the_end(sampler: Sampler) -> Sampler:
-    """Does nothing where the grid repeats a time: grids of every length, so padded, share one compiled program."""
-
-    def step(keys, state, t, s, cond):
-        def stay(_):
-            return state, Info(state.x, state.x, jnp.zeros((), state.x.dtype))
-
-        return jax.lax.cond(s < t, lambda _: sampler.step(keys, state, t, s, cond), stay, None)
-
-    return Sampler(sampler.init, step)
 
 
 # --- What is sampled from --------------------------------------------------------------------------------------------
@@ -171,29 +121,27 @@ class Problem(NamedTuple):
     real: dict[str, float]  # what `measure` says of as many true samples
 
 
-def make_drawer(config: Config, problem: Problem, method: Method, longest: int, devices: Any) -> Callable:
+def make_drawer(problem: Problem, method: Method, longest: int, devices: Any) -> Callable:
     """(grid, number of samples) -> samples [num, ...]: the same noise for every method and grid."""
 
     @jax.jit
     def chunk(params, part, grid, steps):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), part["id"])
         x = start(problem.process, keys, (len(part["id"]), *problem.shape), grid[0])
-        sampler = method.make(problem.process, problem.denoiser(params), steps, config)
+        sampler = method.make(problem.process, problem.denoiser(params), steps)
         return sample(still_at_the_end(sampler), keys, x, grid, part.get("label"))
 
-    def draw(grid: np.ndarray, num: int) -> np.ndarray:
+    def generate(grid: np.ndarray, num: int) -> np.ndarray:
         steps = len(grid) - 1
         padded = np.pad(grid, (0, longest - steps))
-        size = max(1, min(problem.batch, num) // devices.size) * devices.size
-        made = []
-        for first in range(0, num, size):
-            part = {"id": np.arange(first, first + size)}
-            if problem.labels is not None:
-                part["label"] = np.resize(problem.labels[first:], size)
-            made.append(mesh.fetch(chunk(problem.params, mesh.put_global(devices, part), padded, np.float32(steps))))
-        return np.concatenate(made)[:num]
+        labels = None if problem.labels is None else problem.labels[:num]
 
-    return draw
+        def part(ids_and_labels):
+            return chunk(problem.params, ids_and_labels, padded, np.float32(steps))
+
+        return denoising.in_chunks(part, labels, num, problem.batch, devices)
+
+    return generate
 
 
 def mixture_problem(config: Config) -> Problem:
@@ -212,13 +160,9 @@ def image_session(config: Config, run: config_lib.Run) -> Session:
     """The session of `config.model`, with this experiment's scores, or of a model of our own in a folder beside."""
     if not config.model:
         return images.open_session(config.image, run._replace(workdir=run.workdir / "model"))
-    workdir = pathlib.Path(config.model)
-    saved = config_tree.read(workdir)
-    if saved is None:
-        raise UserError(f"model={config.model}: holds no run; name the workdir of a trained model")
-    trained = config_lib.from_dict(ImageConfig(), saved["config"])
-    trained.eval, trained.sample.batch = config.image.eval, config.image.sample.batch
-    return images.open_session(trained, run._replace(workdir=workdir))
+    session = images.open_trained(config.model)
+    session.config.eval, session.config.sample.batch = config.image.eval, config.image.sample.batch
+    return session
 
 
 def image_problem(config: Config, session: Session) -> Problem:
@@ -230,7 +174,7 @@ def image_problem(config: Config, session: Session) -> Problem:
             "samples are measured by a judge beside held-out images: set --config.image.eval and its weights"
         )
     model, num = session.model, min(session.config.eval.samples, held_out.length)
-    reference = frechet.moments(judge.features, [scores.spread(session.source, session.source.length)[0]])
+    reference = scores.moments(judge, session.source)
     labels = None if model.num_classes is None else np.resize(np.arange(model.num_classes, dtype=np.int32), num)
 
     def measure(x, labels=labels):
@@ -257,7 +201,7 @@ def measure(
     config: Config, problem: Problem, method: Method, ends: np.ndarray, devices: Any
 ) -> tuple[dict, np.ndarray]:
     """{"rows": scores for each budget, "grids": for each grid}, and the first samples of each budget."""
-    draw = make_drawer(config, problem, method, method.steps(max(*problem.budgets, config.grid_budget)), devices)
+    draw = make_drawer(problem, method, method.steps(max(*problem.budgets, config.grid_budget)), devices)
 
     def grid(name: str, budget: int) -> np.ndarray:
         return make_grid(config, name, problem.process, method.steps(budget))
@@ -275,24 +219,23 @@ def measure(
 
 
 def measure_missing(
-    config: Config, problem: Problem, names: list[str], devices: Any, found: dict[str, dict], save: Callable
+    config: Config, problem: Problem, chosen: dict[str, Method], devices: Any, found: dict[str, dict], save: Callable
 ) -> None:
     """Adds to `found` the rows of those methods that it lacks."""
-    todo = [name for name in names if name not in found]
+    todo = [name for name in chosen if name not in found]
     if not todo:
         return
-    truth = make_drawer(config, problem, methods()["Heun (flow)"], config.reference_steps, devices)
+    truth = make_drawer(problem, methods(config.solver)["Heun (flow)"], config.reference_steps, devices)
     ends = truth(make_grid(config, config.grid, problem.process, config.reference_steps), problem.followed)
     for name in tqdm(todo, desc="x".join(map(str, problem.shape)), unit="sampler", leave=False):
-        found[name], first = measure(config, problem, methods()[name], ends, devices)
+        found[name], first = measure(config, problem, chosen[name], ends, devices)
         save(name, first)
 
 
 def main(config: Config, run: config_lib.Run) -> None:
     # Whatever the end needs is checked before the training, not after it.
-    names = list(config.methods or methods())
-    for name in names:
-        denoising.choose("methods", name, methods())
+    known = methods(config.solver)
+    chosen = {name: denoising.choose("methods", name, known) for name in config.methods or known}
     if min(*config.budgets, *config.image_budgets, config.grid_budget, config.reference_steps) < 1:
         raise UserError("budgets, grid_budget, reference_steps: a sample costs at least one network call")
     make_grid(config, config.grid, process.cosine(), 2)
@@ -308,40 +251,45 @@ def main(config: Config, run: config_lib.Run) -> None:
         results = {"settings": settings, "mixture": {}, "images": {}}
 
     def save(name: str, first: np.ndarray) -> None:
-        path.write_text(json.dumps(results, indent=1) + "\n")
         if first.ndim == 4:
             np.save(folder / f"{name}.npy", first)
+        results_lib.save(path, results)  # last: a method that it holds is done
 
     for kind, problem in {"mixture": mixture_problem(config), "images": of_images}.items():
         results[f"{kind}, real"] = problem.real
-        measure_missing(config, problem, names, session.devices, results[kind], save)
-    report(results, names, session.config.data.name, run)
+        able = {name: method for name, method in chosen.items() if method.plane or kind == "images"}
+        measure_missing(config, problem, able, session.devices, results[kind], save)
+    report(results, chosen, session.config.data.name, run)
     print(f"everything lies in {run.workdir}")
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict, names: list[str], data: str, run: config_lib.Run) -> None:
+def report(results: dict, chosen: dict[str, Method], data: str, run: config_lib.Run) -> None:
     """The plot, the picture and the tables; stdout has the tables of sample quality."""
-    plot(results, names, data, run.workdir / "quality.png")
-    strips = np.concatenate([np.load(run.workdir / "samples" / f"{name}.npy") for name in names])
+    plot(results, chosen, data, run.workdir / "quality.png")
+    strips = np.concatenate([np.load(run.workdir / "samples" / f"{name}.npy") for name in chosen])
     picture = grids.image_grid(strips, PICTURED * len(results["settings"]["image_budgets"]))
-    grids.save_png(run.workdir / "samples.png", grids.label_rows(picture, names))
+    grids.save_png(run.workdir / "samples.png", grids.label_rows(picture, list(chosen)))
 
     def of_budget(problem: str, score: str, title: str, form: str) -> str:
-        rows = {name: results[problem][name]["rows"] for name in names}
-        cells = {name: [form.format(row[score]) for row in rows[name]] for name in names if score in rows[name][0]}
+        rows = measured(results, problem, chosen, score)
+        cells = {name: [form.format(row[score]) for row in found] for name, found in rows.items()}
         real = results[f"{problem}, real"].get(score)
         title = f"{title}; true samples: {form.format(real)}" if real is not None else title
-        return table(title, "network calls, at most", [row["budget"] for row in rows[names[0]]], cells)
+        return table(title, "network calls, at most", budgets(results, problem), cells)
 
     of_quality = [
         of_budget("mixture", "wasserstein", "Mixture: sliced Wasserstein distance to exact samples", "{:.4f}"),
         of_budget("images", "frechet", f"{data}: Fréchet distance on the judge's features", "{:.2f}"),
     ]
     budget, by_name = results["settings"]["grid_budget"], results["mixture"]
-    of_grid = {name: [f"{by_name[name]['grids'][grid]['wasserstein']:.4f}" for grid in GRIDS] for name in names}
+    of_grid = {
+        name: [f"{by_name[name]['grids'][grid]['wasserstein']:.4f}" for grid in GRIDS]
+        for name in chosen
+        if name in by_name
+    }
     others = [
         of_budget("mixture", "rms", "Mixture: RMS distance to the flow's end", "{:.1e}"),
         of_budget("images", "rms", f"{data}: RMS distance to the flow's end", "{:.1e}"),
@@ -359,39 +307,64 @@ def table(title: str, corner: str, columns: Sequence, rows: Mapping[str, list[st
     return "\n".join(lines) + "\n" if rows else ""
 
 
-def plot(results: dict, names: list[str], data: str, path: pathlib.Path) -> None:
-    """Above the distance to the probability flow's end, below that to the data; exact denoiser left, network right."""
-    figure, axes = plots.panels(2, 2, 4.6, 3.1)
-    panels = [
-        ("mixture", "rms", "exact denoiser: 25 Gaussians in the plane", "RMS distance to the ODE's end"),
-        ("images", "rms", f"trained network: {data}", ""),
-        ("mixture", "wasserstein", "", "sliced Wasserstein to the data"),
-        ("images", "frechet", "", "Fréchet distance to the data"),
+def measured(results: dict, problem: str, chosen: Iterable[str], score: str) -> dict[str, list[dict]]:
+    """The rows of those methods that have the score."""
+    rows = {name: results[problem][name]["rows"] for name in chosen if name in results[problem]}
+    return {name: found for name, found in rows.items() if score in found[0]}
+
+
+def budgets(results: dict, problem: str) -> list[int]:
+    return results["settings"]["budgets" if problem == "mixture" else "image_budgets"]
+
+
+def plot(results: dict, chosen: dict[str, Method], data: str, path: pathlib.Path) -> None:
+    """Exact denoiser left, network right; from above the solvers' distance to where the flow ends and to the data, and
+    that of the samplers with noise, on the same scale.
+    """
+    figure, axes = plots.panels(3, 2, 4.2, 2.8)
+    columns = [
+        ("mixture", "wasserstein", "exact denoiser: 25 Gaussians", "sliced Wasserstein distance"),
+        ("images", "frechet", f"trained network: {data}", "Fréchet distance to the data"),
     ]
-    for panel, (problem, score, title, ylabel) in zip(axes.flat, panels, strict=True):
-        for name in names:
-            rows, method = results[problem][name]["rows"], methods()[name]
-            if score in rows[0]:
-                style = {"linestyle": "-" if method.follows else "--", "marker": "o" if method.follows else "s"}
-                fill = method.colour if method.follows else "white"
-                calls, values = [row["calls"] for row in rows], [row[score] for row in rows]
-                panel.plot(calls, values, color=method.colour, markersize=4, markerfacecolor=fill, label=name, **style)
-        real = results[f"{problem}, real"].get(score)
-        if real is not None:
+    for (solved, quiet, noisy), (problem, score, title, ylabel) in zip(axes.T, columns, strict=True):
+        draw(solved, chosen, measured(results, problem, chosen, "rms"), "rms", follows=True)
+        rows = measured(results, problem, chosen, score)
+        for panel, follows in ((quiet, True), (noisy, False)):
+            draw(panel, chosen, rows, score, follows)
+            real = results[f"{problem}, real"][score]
             panel.axhline(real, color="black", linewidth=0.9, linestyle=":", label="true samples")
-        panel.set(xscale="log", yscale="log", ylabel=ylabel)
-        firsts = [line.get_ydata()[0] for line in panel.lines] or [np.inf]
+        noisy.sharey(quiet)
+        ticks: list[int] = []
+        for budget in budgets(results, problem):
+            if not ticks or budget >= 1.4 * ticks[-1]:  # there is room for its number
+                ticks.append(budget)
+        for panel in (solved, quiet, noisy):
+            panel.set(xscale="log", yscale="log", ylabel=ylabel)
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            panel.set_xticks([], minor=True)
+        solved.yaxis.set_minor_formatter("")
+        solved.set_ylabel("RMS distance to the flow's end")
+        solved.set_title(title, loc="left", fontsize=11)
+        noisy.set_xlabel("network calls per sample")
         # What diverges leaves the frame, so that the others can be told apart.
-        panel.set_ylim(top=min(panel.get_ylim()[1], 10 * np.median(firsts)))
-        panel.set_title(title, loc="left", fontsize=11)
-        ticks = [row["budget"] for row in results[problem][names[0]]["rows"]]
-        panel.set_xticks(ticks, [str(tick) for tick in ticks])
-        panel.set_xticks([], minor=True)
-    for panel in axes[1]:
-        panel.set_xlabel("network calls per sample")
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        noisy.set_ylim(top=5 * np.median([found[0][score] for found in rows.values()]))
+    for panel, title in ((axes[0, 1], "without noise"), (axes[2, 1], "with noise (without: grey)")):
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "alignment": "left"}
+        panel.legend(title=title, frameon=False, fontsize=9, **beside)
     plots.save(path, figure)
+
+
+def draw(panel: Any, chosen: dict[str, Method], rows: dict[str, list[dict]], score: str, follows: bool) -> None:
+    """A line for each method that follows the flow, or for each that does not over the others in grey."""
+    for name, found in rows.items():
+        method = chosen[name]
+        points = [row["calls"] for row in found], [row[score] for row in found]
+        if method.follows == follows:
+            panel.plot(*points, color=method.colour, marker="o", markersize=3.5, linewidth=1.4, label=name)
+        elif method.follows:
+            panel.plot(*points, color="#D5D5D5", linewidth=1.0, zorder=1)
 
 
 PRESETS = {"digits": digits, "cifar10": cifar10}

@@ -47,7 +47,6 @@ from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.fidelity import Ruler
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
 from diffrl.recipes.noisy_classifier import ClassifierConfig
-from diffrl.train import mesh
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
@@ -214,12 +213,9 @@ def make_generator(config: Config, sessions: Sessions, method: Callable, classes
         return denoising.draw(sampler, model.diffusion, grid, key, part["id"], model.shape, part["label"])
 
     def generate(params, scale, labels):
-        size = max(1, min(settings.batch, len(labels)) // devices.size) * devices.size
-        made = []
-        for first in range(0, len(labels), size):
-            part = {"id": np.arange(first, first + size), "label": np.resize(labels[first:], size)}
-            made.append(mesh.fetch(chunk(params, mesh.put_global(devices, part), np.float32(scale))))
-        return np.concatenate(made)[: len(labels)]
+        return denoising.in_chunks(
+            lambda part: chunk(params, part, np.float32(scale)), labels, len(labels), settings.batch, devices
+        )
 
     return generate
 

@@ -107,8 +107,7 @@ def main():
     if args.compile or (args.compile is None and jax.default_backend() == "gpu"):
         programs["torch.compile"] = torch_sampler(pair, noise, args.steps, args.dtype, True)
     seconds = common.compare(
-        f"{args.steps} steps, {args.size}, {pair.parameters / 1e6:.2f} M parameters, batch {args.batch}, "
-        f"{args.dtype}",
+        f"{args.steps} steps, {args.size}, {pair.parameters / 1e6:.2f} M parameters, batch {args.batch}, {args.dtype}",
         programs,
         args.repeats,
         units=1,

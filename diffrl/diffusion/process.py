@@ -10,6 +10,7 @@ Variances of steps are computed from the *log* SNR, since sigma_t^2 - (alpha_t /
 catastrophically in float32 when s is close to t.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -128,7 +129,7 @@ def ve(sigma_min: float = 0.01, sigma_max: float = 50.0) -> Process:
 
     Song et al. (2021), eq. 30, is this without the -1, and so not quite data at t = 0.
     """
-    rate = 2.0 * np.log(sigma_max / sigma_min)
+    rate = 2.0 * math.log(sigma_max / sigma_min)
     return Process(
         alpha=lambda t: jnp.ones_like(jnp.asarray(t, jnp.result_type(float))),
         sigma=lambda t: sigma_min * jnp.sqrt(jnp.expm1(rate * t)),
@@ -156,7 +157,8 @@ def tabulated(alpha_bar: np.ndarray) -> Process:
     log_alpha_bar = np.concatenate([[0.0], np.log(table)])
 
     def log_alpha(t):
-        return 0.5 * jnp.interp(jnp.asarray(t) * steps, jnp.arange(steps + 1.0), jnp.asarray(log_alpha_bar))
+        values = jnp.asarray(log_alpha_bar, jnp.result_type(float))
+        return 0.5 * jnp.interp(jnp.asarray(t) * steps, jnp.arange(steps + 1.0), values)
 
     return _variance_preserving(log_alpha)
 

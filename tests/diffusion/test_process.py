@@ -1,5 +1,6 @@
 """Processes and tables against published numbers, float64 closed forms and Bayes' rule."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,3 +146,12 @@ def test_shapes_broadcast_from_the_left():
     np.testing.assert_allclose(xt, np.broadcast_to(expected[:, None, None, None], xt.shape), rtol=1e-6)
     assert P.posterior_mean(process, x0, xt, t, t / 2).shape == xt.shape
     assert P.posterior_mean(process, x0, xt, jnp.float32(0.5), jnp.float32(0.1)).shape == xt.shape
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_table_serves_both_precisions():
+    """One after the other, in a branch too, where jax keeps a constant in the precision that it first had."""
+    alpha = P.tabulated(P.alpha_bars(P.linear_betas(10))).alpha
+    for x64, dtype in ((True, jnp.float64), (False, jnp.float32), (True, jnp.float64)):
+        with jax.enable_x64(x64):
+            assert jax.jit(lambda t: jax.lax.cond(t > 0, alpha, alpha, t))(jnp.asarray(0.3)).dtype == dtype

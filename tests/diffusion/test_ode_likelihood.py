@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from diffusion_cases import CURVES, NAMES, PROCESSES, blobs, key, switched
+from diffusion_cases import CURVES, NAMES, PROCESSES, blobs, key, order, switched
 
 from diffrl.diffusion import dequantisation, mixtures, ode_likelihood
 from diffrl.diffusion import process as P
-from diffrl.diffusion.ode_likelihood import exact, hutchinson, log_snr_grid, rademacher
-from diffrl.diffusion.sampling import normal, sample_keys
+from diffrl.diffusion.ode_likelihood import exact, hutchinson, noising_grid
+from diffrl.diffusion.sampling import normal, rademacher, sample_keys
 from diffrl.errors import UserError
 
 STEPS, POINTS = 64, 256
@@ -48,7 +48,7 @@ def test_a_gaussians_density(name):
     z = np.random.default_rng(0).normal(size=(POINTS // 2, 2))
     x = MEAN + np.concatenate([z, -z]) * np.sqrt(VARIANCE)
     process = PROCESSES[name]
-    grid = log_snr_grid(process, STEPS)
+    grid = noising_grid(process, STEPS)
     found = run(GAUSSIAN, NAMES.index(name), grid, sample_keys(key(), POINTS), jnp.asarray(x, jnp.float32))
     nll = -np.asarray(found.log_density).mean() / (2 * np.log(2))
     assert nll == pytest.approx(-scipy.stats.norm(MEAN, np.sqrt(VARIANCE)).logpdf(x).mean() / np.log(2), abs=1e-3)
@@ -61,7 +61,7 @@ def test_a_gaussians_density(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mixtures_density_and_its_latents(name):
     x = mixtures.draw(blobs(), key(1), POINTS)
-    found = run(blobs(), NAMES.index(name), log_snr_grid(PROCESSES[name], STEPS), sample_keys(key(), POINTS), x)
+    found = run(blobs(), NAMES.index(name), noising_grid(PROCESSES[name], STEPS), sample_keys(key(), POINTS), x)
     error = np.asarray(found.log_density - clean(blobs(), x)) / (2 * np.log(2))
     assert abs(error.mean()) < 1e-3
     assert np.abs(error).max() < (1e-2 if name == "ve" else 3e-3)
@@ -71,7 +71,7 @@ def test_a_mixtures_density_and_its_latents(name):
 
 
 def test_a_sample_does_not_know_its_batch():
-    x, keys, grid = mixtures.draw(blobs(), key(1), POINTS), sample_keys(key(), POINTS), log_snr_grid(P.cosine(), STEPS)
+    x, keys, grid = mixtures.draw(blobs(), key(1), POINTS), sample_keys(key(), POINTS), noising_grid(P.cosine(), STEPS)
     forwards = run(blobs(), 0, grid, keys, x, hutchinson())
     backwards = run(blobs(), 0, grid, keys[::-1], x[::-1], hutchinson())
     np.testing.assert_allclose(forwards.log_density, backwards.log_density[::-1], atol=1e-5)
@@ -79,7 +79,7 @@ def test_a_sample_does_not_know_its_batch():
 
 def test_hutchinsons_estimate_is_unbiased_along_the_path():
     """One point with many keys: the mean is the exact log density, and the spread is not nothing."""
-    x, grid = jnp.tile(jnp.array([[0.2, 0.3]]), (POINTS, 1)), log_snr_grid(P.cosine(), STEPS)
+    x, grid = jnp.tile(jnp.array([[0.2, 0.3]]), (POINTS, 1)), noising_grid(P.cosine(), STEPS)
     found = np.asarray(run(blobs(), 0, grid, sample_keys(key(5), POINTS), x, hutchinson()).log_density)
     expected = float(clean(blobs(), x[:1])[0])
     assert found.std() > 0.01
@@ -87,25 +87,25 @@ def test_hutchinsons_estimate_is_unbiased_along_the_path():
 
 
 def test_order_of_convergence():
-    """Four, on a range short enough for the error to be seen."""
-    x = MEAN + np.sqrt(VARIANCE) * np.linspace(-2, 2, 2 * POINTS).reshape(POINTS, 2)
-    ends = log_snr_grid(P.cosine(), 1, 7.0, -3.0)
-    expected, _ = flow_of_a_gaussian(np.cos(0.5 * np.pi * np.asarray(ends, float)), MEAN, VARIANCE, x)
-    errors, counts = [], np.array([8, 16, 32])
-    for num in counts:
-        grid = log_snr_grid(P.cosine(), num, 7.0, -3.0)
-        # Steps of length nothing fill the grid up, for one shape.
-        padded = jnp.concatenate([grid, jnp.full(STEPS - num, grid[-1])])
-        found = run(GAUSSIAN, 0, padded, sample_keys(key(), POINTS), jnp.asarray(x, jnp.float32))
-        errors.append(np.abs(found.log_density - expected).max())
-    assert np.polyfit(np.log(counts), np.log(errors), 1)[0] == pytest.approx(-4, abs=0.3)
+    """Four, in float64, on a range short enough for the error to be seen."""
+    x, process, counts = MEAN + np.sqrt(VARIANCE) * np.linspace(-2, 2, 8)[:, None], P.cosine(), np.array([8, 16, 32])
+    with jax.enable_x64(True):
+        denoise = mixtures.denoiser(mixtures.mixture([1], [MEAN], [np.diag(VARIANCE)]), process)
+        run = jax.jit(lambda grid: ode_likelihood.log_density(process, denoise, grid, key(), x, divergence=exact))
+        grids = [noising_grid(process, num, 7.0, -3.0) for num in counts]
+        # Steps of length nothing fill the grids up, for one shape.
+        found = [np.asarray(run(jnp.pad(grid, (0, 33 - len(grid)), mode="edge")).log_density) for grid in grids]
+        ends = np.asarray(noising_grid(process, 1, 7.0, -3.0))
+    expected, _ = flow_of_a_gaussian(np.cos(0.5 * np.pi * ends), MEAN, VARIANCE, x)
+    errors = [np.abs(log_p - expected).max() for log_p in found]
+    assert order(errors, counts) == pytest.approx(4, abs=0.2)
 
 
 def test_steps_to_a_tolerance():
     """diffrax's adaptive steps and ours end at the same density and latents."""
     pytest.importorskip("diffrax")
     x, keys, process = mixtures.draw(blobs(), key(1), 8), sample_keys(key(), 8), P.cosine()
-    denoise, grid = mixtures.denoiser(blobs(), process), log_snr_grid(process, STEPS)
+    denoise, grid = mixtures.denoiser(blobs(), process), noising_grid(process, STEPS)
     adaptive = jax.jit(
         lambda x: ode_likelihood.log_density_to_tolerance(process, denoise, grid, keys, x, divergence=hutchinson())
     )(x)
@@ -170,7 +170,7 @@ def test_uniform_bytes_cost_eight_bits():
 
     @jax.jit
     def bits(x0):
-        grid = log_snr_grid(process, STEPS)
+        grid = noising_grid(process, STEPS)
 
         def log_density(z, keys):
             return ode_likelihood.log_density(process, denoise, grid, keys, z).log_density

@@ -7,9 +7,10 @@ import pytest
 from diffusion_cases import PROCESSES, blobs, key
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from diffrl.diffusion import mixtures, times
+from diffrl.diffusion import constraints, guidance, langevin, mixtures, sde, times
+from diffrl.diffusion.consistency import consistency_sampler
 from diffrl.diffusion.dpm_solver import dpmpp_2m, dpmpp_2m_sde
-from diffrl.diffusion.samplers import ancestral, ddim, heun
+from diffrl.diffusion.samplers import ancestral, churn, ddim, heun
 from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, sample, sample_keys, start
 from diffrl.diffusion.unipc import unipc
 
@@ -151,7 +152,30 @@ def test_memory_is_carried():
     np.testing.assert_allclose(kept, 0.99 - np.asarray(GRID[:-1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [ancestral, ddim, heun, dpmpp_2m, dpmpp_2m_sde, unipc])
+def with_momentum(process, denoise):
+    return guidance.momentum(lambda f: ddim(process, f), guidance.against_model(denoise, denoise), 2.0)
+
+
+MAKERS = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "euler_maruyama": sde.euler_maruyama,
+    "probability_flow": sde.probability_flow,
+    "forward": lambda p, d: sde.forward(p),
+    "predictor_corrector": lambda p, d: sde.predictor_corrector(ddim(p, d), p, d),
+    "annealed": langevin.annealed,
+    "churn": lambda p, d: churn(heun(p, d), p, 0.1),
+    "momentum": with_momentum,
+    "repaint": lambda p, d: constraints.repaint(ancestral(p, d), p, jnp.zeros((2, 3, 2)), jnp.array([True, False])),
+    "consistency": consistency_sampler,
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_the_program_does_not_grow_with_the_number_of_steps(make):
     x = jnp.zeros((2, 3, 2))
     sizes = []

@@ -111,6 +111,7 @@ def plan(config: Config) -> list[Job]:
     for name, variant in wanted.items():
         flops, parameters = prices[name]
         steps = max(1, round(config.base_steps * prices["base"][0] / flops))
+        images.optim.make(config.base.optim, steps)  # refuses a warm-up that is longer than the run
         train = dataclasses.replace(variant.train, steps=steps)
         for seed in range(config.base.seed, config.base.seed + config.seeds):
             jobs.append(Job(name, dataclasses.replace(variant, train=train, seed=seed), flops, parameters))

@@ -93,13 +93,26 @@ def test_a_level_less_still_attends_on_its_last():
     assert unet_ablation.variants(wide, 32)["one level less"].attention == wide.attention  # its last did not attend
 
 
-def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.variants=('bsae',)", "no variant 'bsae': choose from 'base', 'no attention'"),
+        ("--config.seeds=0", "--config.seeds=0: expected at least 1"),
+        ("--config.base.optim.warmup_steps=11", "optim.warmup_steps=11: choose a value between 0 and the 10 steps"),
+        ("--config.base.eval.split=dev", "no split 'dev'"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(tmp_path, trained, capsys, flag, says):
+    with pytest.raises(SystemExit):
+        ablate(tmp_path / "run", "--config.base_steps=10", flag)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert says in line
+    assert trained == []
+
+
+def test_without_a_count_there_is_no_equal_compute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
-    for flag, says in (
-        ("--config.base_steps=1", "error: XLA counts no FLOPs on cpu"),
-        ("--config.variants=('bsae',)", "error: no variant 'bsae': choose from 'base', 'no attention'"),
-        ("--config.seeds=0", "error: --config.seeds=0: expected at least 1"),
-    ):
-        with pytest.raises(SystemExit):
-            ablate(tmp_path / "run", flag, "--accept_changes")
-        assert says in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        ablate(tmp_path / "run")
+    assert "error: XLA counts no FLOPs on cpu" in capsys.readouterr().err.splitlines()[-1]

@@ -193,15 +193,15 @@ def fit(
     fresh = mesh.place(devices, state.create(params, optimizer, jax.random.key(config.seed), frozen=frozen))
     data = Prefetch(
         loader(problem.source, config.batch_size, seed=config.seed, devices=devices.size),
-        mesh.put_batch(devices, inner=True),
+        mesh.put_batch(devices, inner=config.inner > 1),
         inner=config.inner,
     )
     update = step.make_update(loss, optimizer, ema_decay=ema_decay, ema_warmup=False)
-    program = step.repeat(step.global_step(update), config.inner)
+    program = mesh.compile_repeated(step.global_step(update), devices, fresh, config.inner)
     checkpoints = Checkpoints(problem.workdir / "checkpoints" / name, keep=1)
     try:
         return loop.fit(
-            mesh.compile_step(program, devices, fresh, inner=True),
+            program,
             loop.resume(checkpoints, fresh, data),
             data,
             steps=steps,

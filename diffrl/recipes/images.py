@@ -274,10 +274,7 @@ def prepare(session: Session, current: TrainState) -> tuple[Callable, TrainState
         mesh.put_batch(devices, inner=settings.inner > 1),
         inner=settings.inner,
     )
-    program = make_step(config, session.model)
-    if settings.inner > 1:
-        program = step.repeat(program, settings.inner)
-    compiled = mesh.compile_step(program, devices, current, inner=settings.inner > 1)
+    compiled = mesh.compile_repeated(make_step(config, session.model), devices, current, settings.inner)
     return compiled, loop.resume(session.checkpoints, current, data, session.writers), data
 
 

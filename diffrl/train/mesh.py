@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from diffrl.config_leaf import leaf
 from diffrl.errors import UserError
 from diffrl.train.state import batch_keys
-from diffrl.train.step import batch_size
+from diffrl.train.step import batch_size, repeat
 
 BATCH_AXES = ("data", "fsdp")
 # Below this many elements, gathering a leaf costs more than keeping it everywhere.
@@ -80,15 +80,14 @@ def _number(name):
 
 def _check_platform():
     """Raises UserError where the first of JAX_PLATFORMS has no device: jax would go on with the next, in silence."""
-    wanted = (jax.config.jax_platforms or "").split(",")[0]
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    wanted = platforms.split(",")[0]
     extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted)
     remedy = f'pip install -e ".[{extra}]" on a host that has one, or choose' if extra else "choose"
     try:
         jax.devices(wanted or None)
     except (AssertionError, RuntimeError) as error:  # an AssertionError where the plugin is missing
-        raise UserError(
-            f"no {wanted} device for JAX_PLATFORMS={jax.config.jax_platforms}: {remedy} another platform"
-        ) from error
+        raise UserError(f"no {wanted} device for JAX_PLATFORMS={platforms}: {remedy} another platform") from error
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> jax.sharding.Mesh:
@@ -191,6 +190,32 @@ def compile_step(step, mesh, state, *, inner=False, small=SMALL):
         out_shardings=(spread, NamedSharding(mesh, P())),
         donate_argnums=0,
     )
+
+
+def compile_repeated(step, mesh, state, k, *, small=SMALL):
+    """`k` updates a call, `(state, batches [k, B, ...]) -> (state, metrics [k])`, or one on a plain batch if k is 1.
+
+    A scan in one program, but on CPUs k calls of one: XLA there brings only the convolutions of a program's outermost
+    computation into its fast form, and the gradient of one in a loop's body takes thirty times as long.
+
+    Args:
+        step: from `step.global_step`.
+    """
+    if k == 1:
+        return compile_step(step, mesh, state, small=small)
+    if mesh.devices.flat[0].platform != "cpu":
+        return compile_step(repeat(step, k), mesh, state, inner=True, small=small)
+    one = compile_step(step, mesh, state, small=small)
+    pick = jax.jit(lambda batches, i: jax.tree.map(lambda x: x[i], batches), out_shardings=batch_sharding(mesh))
+
+    def several(state, batches):
+        rows = []
+        for i in range(k):
+            state, metrics = one(state, pick(batches, i))
+            rows.append(metrics)
+        return state, jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+    return several
 
 
 def shard_map_step(make_update, mesh):

@@ -107,6 +107,21 @@ def test_state_memory_is_split_and_donated():
     assert not source.params["a"].is_deleted()
 
 
+def test_repeated_steps_are_single_ones():
+    """In one call on batches [k, B, ...], split over the devices, exactly what k calls give, the metrics stacked."""
+    devices, one = mesh.make_mesh(data=4, fsdp=2), global_step(toy.make_update()())
+    place = functools.partial(mesh.place, devices, small=toy.SMALL)
+    single, many = (mesh.compile_repeated(one, devices, toy.fresh(), k, small=toy.SMALL) for k in (1, 3))
+    state, rows = place(toy.fresh()), []
+    for n in range(3):
+        state, metrics = single(state, mesh.put_batch(devices)(toy.batch(n)))
+        rows.append(metrics)
+    stacked = {"x": np.stack([toy.batch(n)["x"] for n in range(3)])}
+    repeated, metrics = many(place(toy.fresh()), mesh.put_batch(devices, inner=True)(stacked))
+    toy.assert_same(repeated, state)
+    toy.assert_same(metrics, jax.tree.map(lambda *m: jnp.stack(m), *rows))
+
+
 def test_put_batch_splits_the_samples():
     devices = mesh.make_mesh(data=4, fsdp=2)
     put = mesh.put_batch(devices)(toy.batch(0))

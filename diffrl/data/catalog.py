@@ -78,7 +78,9 @@ def _mnist(name: str, split: str, directory: str) -> Source:
 
 
 def _cifar10(split: str, directory: str) -> Source:
-    """`cifar10.npz` or the original binary files, in `directory` or below it, or else tensorflow-datasets."""
+    """An .npz file, `cifar10.npz` or the original binary files in `directory` or below it, or tensorflow-datasets."""
+    if pathlib.Path(directory).is_file():
+        return npz(directory, split)._replace(class_names=cifar.CLASSES)
     for path in map(pathlib.Path, (directory, os.path.join(directory, "cifar10"))):
         if (path / "cifar10.npz").is_file():
             return npz(str(path / "cifar10.npz"), split)._replace(class_names=cifar.CLASSES)

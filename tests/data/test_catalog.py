@@ -88,7 +88,7 @@ def test_cifar10_comes_from_an_archive_or_the_original_files(tmp_path, monkeypat
     for i, file in enumerate(cifar.FILES["train"]):
         (binary / file).write_bytes(records[4 * i : 4 * i + 4].tobytes())
     (binary / "test_batch.bin").write_bytes(records[:10].tobytes())
-    for kind in ("archive", "binary"):
+    for kind in ("archive", "archive/cifar10.npz", "binary"):
         for split, length in (("train", 20), ("test", 10)):
             source = make_source(DataConfig("cifar10", dir=f"~/{kind}"), split)
             batch = source.fetch(np.arange(source.length))

@@ -165,17 +165,24 @@ def _next(feed, state, done, report, checkpoints):
     """The next batch; where the data fail, the work since the last checkpoint is saved before their error goes on."""
     try:
         return feed.next(state)
+    except UserError as error:
+        _rescue(feed, state, done, report, checkpoints)
+        raise UserError(f"{error}; {_saved(checkpoints)}") from error
     except Exception as error:
-        # One process of several cannot save alone: the others are in the middle of a step that waits for it.
-        if checkpoints is not None and feed.whole and jax.process_count() == 1:
-            checkpoints.wait()
-            if done not in (0, *checkpoints.steps()):
-                report.flush()
-                _save(checkpoints, done, state, feed)
-        if isinstance(error, UserError):
-            raise UserError(f"{error}; {_saved(checkpoints)}") from error
+        _rescue(feed, state, done, report, checkpoints)
         error.add_note(_saved(checkpoints))
         raise
+
+
+def _rescue(feed, state, done, report, checkpoints):
+    """Saves what has been trained, if it can be resumed and is not saved yet."""
+    # One process of several cannot save alone: the others are in the middle of a step that waits for it.
+    if checkpoints is None or not feed.whole or jax.process_count() > 1:
+        return
+    checkpoints.wait()
+    if done not in (0, *checkpoints.steps()):
+        report.flush()
+        _save(checkpoints, done, state, feed)
 
 
 def _save(checkpoints, done, state, feed):

@@ -220,8 +220,9 @@ def test_a_second_writer_is_refused_and_a_reader_is_not(checkpoints):
     save(checkpoints, 1)
     other = Checkpoints(checkpoints.folder)
     (checkpoints.folder / "2").mkdir()  # as if the first were at it
-    with pytest.raises(UserError, match=f"another run saves to {checkpoints.folder} \\(process {os.getpid()} on ") as error:
+    with pytest.raises(UserError) as error:
         other.save(2, state_at(2))
+    assert f"another run saves to {checkpoints.folder} (process {os.getpid()} on " in str(error.value)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="another run saves to"):
         resume(other, state_at(0))

@@ -244,7 +244,7 @@ def test_failing_data_lose_nothing(tmp_path, error, ahead):
 def test_failing_data_do_not_hide_a_divergence(tmp_path):
     run = Run(tmp_path, data=Torn(UserError("torn")))
     run.step = diverging(6)
-    with pytest.raises(UserError, match="loss is nan at step 6: .* step 4 in"):
+    with pytest.raises(UserError, match=r"loss is nan at step 6: .* step 4 in"):
         run.fit(12)
 
 

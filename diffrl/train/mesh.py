@@ -82,10 +82,12 @@ def _check_platform():
     """Raises UserError where the first of JAX_PLATFORMS has no device: jax would go on with the next, in silence."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     wanted = platforms.split(",")[0]
+    if not wanted:
+        return
     extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(wanted)
     remedy = f'pip install -e ".[{extra}]" on a host that has one, or choose' if extra else "choose"
     try:
-        jax.devices(wanted or None)
+        jax.devices(wanted)
     except (AssertionError, RuntimeError) as error:  # an AssertionError where the plugin is missing
         raise UserError(f"no {wanted} device for JAX_PLATFORMS={platforms}: {remedy} another platform") from error
 

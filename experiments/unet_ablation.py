@@ -37,7 +37,7 @@ class Config:
     """The base model, and how much compute each variant of it gets."""
 
     base: ImageConfig = dataclasses.field(default_factory=ImageConfig)
-    base_steps: int = config_lib.leaf(250, "steps of the base network; the others get as many FLOPs", at_least=1)
+    base_steps: int = config_lib.leaf(200, "steps of the base network; the others get as many FLOPs", at_least=1)
     seeds: int = config_lib.leaf(2, "runs per variant", free=True, at_least=1)
     variants: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
 
@@ -47,7 +47,7 @@ def digits() -> Config:
     base = ImageConfig(
         unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), groups=8),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine"),
-        train=TrainConfig(batch_size=64, ema_decay=0.99, sample_every=0, checkpoint_every=200),
+        train=TrainConfig(batch_size=32, ema_decay=0.99, sample_every=0, checkpoint_every=200),
     )
     return Config(base)
 
@@ -165,14 +165,15 @@ def main(config: Config, run: config_lib.Run) -> None:
     for job in jobs:
         rows.setdefault(job.variant, []).append(done[job.name()])
     summary = [summarise(found) for found in rows.values()]
-    text = table(summary, config.seeds)
+    seeds = f"{config.seeds} seed{'s' if config.seeds > 1 else ''}"
+    text = table(summary, seeds)
     (run.workdir / "table.md").write_text(text)
     budget = jobs[0].flops * jobs[0].config.train.steps
     plots.ranking(
         run.workdir / "ablation.png",
         {row["variant"]: (row["loss"], row["spread"]) for row in summary},
         "held-out denoising loss (lower is better)",
-        title=f"U-Net ablation at {budget / 1e12:.1f} TFLOP each, {config.seeds} seeds",
+        title=f"U-Net ablation at {budget / 1e12:.1f} TFLOP each, {seeds}",
     )
     print(text)
     print(f"everything lies in {run.workdir}")
@@ -184,7 +185,7 @@ def summarise(results: list[dict]) -> dict:
     return {**results[0], "loss": float(np.mean(losses)), "spread": (max(losses) - min(losses)) / 2}
 
 
-def table(summary: list[dict], seeds: int) -> str:
+def table(summary: list[dict], seeds: str) -> str:
     """A Markdown table of all variants, best first."""
     lines = [
         "| variant | parameters | GFLOP a step | steps | held-out loss |",
@@ -195,7 +196,7 @@ def table(summary: list[dict], seeds: int) -> str:
             f"| {row['variant']} | {row['parameters'] / 1e6:.2f} M | {row['gflops_per_step']:.2f} | {row['steps']} "
             f"| {row['loss']:.4f} ± {row['spread']:.4f} |"
         )
-    return "\n".join(lines) + f"\n\nMean of {seeds} seeds ± half their range.\n"
+    return "\n".join(lines) + f"\n\nMean of {seeds} ± half their range.\n"
 
 
 PRESETS = {"digits": digits, "cifar10": cifar10}

@@ -1,6 +1,6 @@
 """Reinforcement learning in a table: exact optima, and the learners that find them by trial.
 
-    python -m experiments.tabular                     # FrozenLake, the cliff and Taxi: two minutes of two CPU cores
+    python -m experiments.tabular                     # FrozenLake, the cliff and Taxi: four minutes of CPU
     python -m experiments.tabular --config.worlds="('cliff',)" --config.seeds=50
 
 Value iteration solves each world exactly (Sutton & Barto, 2018, chapter 4); Monte Carlo control, SARSA, SARSA(lambda),

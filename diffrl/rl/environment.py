@@ -49,10 +49,19 @@ class Actions(NamedTuple):
 
 
 class Environment(NamedTuple):
-    """reset, step, what they take and what they give (`obs`: a tree of jax.ShapeDtypeStruct)."""
+    """reset, step, what they take and what they give.
+
+    Attributes:
+        name: as users write it.
+        reset, step: see above.
+        actions: what `step` takes.
+        obs: a tree of jax.ShapeDtypeStruct.
+        render: State -> a picture, uint8 numpy [H, W, 3], made on the host; None where there is nothing to see.
+    """
 
     name: str
     reset: Callable[[Array], State]
     step: Callable[[State, Array], State]
     actions: Actions
     obs: Any
+    render: Callable[[State], Any] | None = None

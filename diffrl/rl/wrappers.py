@@ -21,6 +21,13 @@ class Inner(NamedTuple):
     memory: Any
 
 
+def _wrap(env: Environment, **changed: Any) -> Environment:
+    """`env` with other functions, whose states hold the old ones in an `Inner`."""
+    render = env.render
+    looks = None if render is None else lambda state: render(state.inner.state)
+    return env._replace(render=looks, **changed)
+
+
 def time_limit(env: Environment, steps: int) -> Environment:
     """Truncates an episode after `steps` steps, unless that very step terminates it.
 
@@ -39,7 +46,7 @@ def time_limit(env: Environment, steps: int) -> Environment:
         truncated = new.truncated | ((count >= steps) & ~new.terminated)
         return new._replace(inner=Inner(new, count), truncated=truncated)
 
-    return env._replace(reset=reset, step=step)
+    return _wrap(env, reset=reset, step=step)
 
 
 def monitor(env: Environment) -> Environment:
@@ -58,7 +65,7 @@ def monitor(env: Environment) -> Environment:
         new = env.step(state.inner.state, action)
         return told(new, total + new.reward, length + 1)
 
-    return env._replace(reset=reset, step=step)
+    return _wrap(env, reset=reset, step=step)
 
 
 def autoreset(env: Environment, keep_first: bool = False) -> Environment:
@@ -92,7 +99,7 @@ def autoreset(env: Environment, keep_first: bool = False) -> Environment:
         ended = new._replace(inner=Inner(going, memory), obs=going.obs)
         return ended._replace(info={**new.info, "final_obs": new.obs})
 
-    return env._replace(reset=reset, step=step)
+    return _wrap(env, reset=reset, step=step)
 
 
 def vectorize(env: Environment, num: int) -> Environment:
@@ -104,7 +111,7 @@ def vectorize(env: Environment, num: int) -> Environment:
         return jax.vmap(lambda i: env.reset(jax.random.fold_in(key, i)))(jnp.arange(num))
 
     obs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((num, *x.shape), x.dtype), env.obs)
-    return env._replace(reset=reset, step=jax.vmap(env.step), obs=obs)
+    return env._replace(reset=reset, step=jax.vmap(env.step), obs=obs, render=None)
 
 
 def action_repeat(env: Environment, times: int) -> Environment:
@@ -142,4 +149,4 @@ def frame_stack(env: Environment, num: int) -> Environment:
         new = env.step(state.inner.state, action)
         return told(new, jnp.concatenate([state.inner.memory[..., depth:], new.obs], axis=-1))
 
-    return env._replace(reset=reset, step=step, obs=jax.ShapeDtypeStruct((*shape, depth * num), env.obs.dtype))
+    return _wrap(env, reset=reset, step=step, obs=jax.ShapeDtypeStruct((*shape, depth * num), env.obs.dtype))

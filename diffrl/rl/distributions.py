@@ -1,0 +1,129 @@
+"""Policies as distributions of actions, given by a network's outputs [..., P].
+
+Each is five functions of the outputs in a `Distribution`.  What they speak of is the *raw* action, which is what a
+rollout keeps for the update; `action` makes of it what the environment takes.  A squashed normal's density of the
+squashed action differs from its raw one by a factor that the outputs do not enter: ratios and Kullback-Leibler
+divergences are the same, and no inverse of tanh is ever needed.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffrl.rl.environment import Actions
+
+Array = jax.Array
+HALF_LOG_TAU = 0.9189385332046727  # log(2 pi) / 2
+
+
+class Distribution(NamedTuple):
+    """A family of distributions of raw actions.
+
+    Attributes:
+        size: P, how many outputs of a network it takes.
+        sample: (outputs [P], key) -> raw action; for one world.
+        mode: outputs [..., P] -> the raw action of the highest density.
+        log_prob: (outputs [..., P], raw [...]) -> [...], in nats.
+        entropy: outputs [..., P] -> [...], in nats, of the raw action.
+        kl: (outputs p, outputs q) -> KL(p || q) [...], in nats.
+        action: raw -> what the environment takes.
+    """
+
+    size: int
+    sample: Callable[[Array, Array], Array]
+    mode: Callable[[Array], Array]
+    log_prob: Callable[[Array, Array], Array]
+    entropy: Callable[[Array], Array]
+    kl: Callable[[Array, Array], Array]
+    action: Callable[[Array], Array]
+
+
+def categorical(num: int) -> Distribution:
+    """The actions 0 ... num - 1; outputs are logits."""
+
+    def log_prob(outputs: Array, raw: Array) -> Array:
+        return jnp.take_along_axis(jax.nn.log_softmax(outputs), raw[..., None].astype(jnp.int32), -1)[..., 0]
+
+    def kl(p: Array, q: Array) -> Array:
+        log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+
+    def entropy(outputs: Array) -> Array:
+        logs = jax.nn.log_softmax(outputs)
+        return -jnp.sum(jnp.exp(logs) * logs, -1)
+
+    return Distribution(
+        num,
+        lambda outputs, key: jax.random.categorical(key, outputs),
+        lambda outputs: jnp.argmax(outputs, -1),
+        log_prob,
+        entropy,
+        kl,
+        lambda raw: raw,
+    )
+
+
+def normal(actions: Actions, least_std: float = 1e-3) -> Distribution:
+    """Independent normals, clipped to the actions' bounds; outputs are means and what softplus makes deviations of.
+
+    One unit is half the range of the actions, so that outputs of order 1 explore all of it.
+    """
+    return _normal(actions, least_std, lambda raw: jnp.clip(raw, -1.0, 1.0))
+
+
+def squashed(actions: Actions, least_std: float = 1e-3) -> Distribution:
+    """tanh of independent normals (Haarnoja et al., arXiv:1801.01290), scaled to the actions' bounds.
+
+    `entropy` is that of the normal; `squashed_log_prob` gives the density that SAC needs.
+    """
+    return _normal(actions, least_std, jnp.tanh)
+
+
+def of(actions: Actions, squash: bool = False) -> Distribution:
+    """The usual family for what an environment takes."""
+    if actions.num is not None:
+        return categorical(actions.num)
+    return squashed(actions) if squash else normal(actions)
+
+
+def squashed_log_prob(actions: Actions, outputs: Array, raw: Array, least_std: float = 1e-3) -> Array:
+    """log density [...] of tanh(raw), per unit of half the actions' range: log(1 - tanh(x)^2), stable for large x."""
+    log_slope = 2 * (jnp.log(2.0) - raw - jax.nn.softplus(-2 * raw))
+    return squashed(actions, least_std).log_prob(outputs, raw) - log_slope.sum(-1)
+
+
+def _normal(actions: Actions, least_std: float, bound: Callable[[Array], Array]) -> Distribution:
+    (size,) = actions.shape
+    middle, half = (actions.high + actions.low) / 2, (actions.high - actions.low) / 2
+
+    def split(outputs: Array) -> tuple[Array, Array]:
+        mean, width = jnp.split(outputs, 2, -1)
+        return mean, jax.nn.softplus(width) + least_std
+
+    def sample(outputs: Array, key: Array) -> Array:
+        mean, std = split(outputs)
+        return mean + std * jax.random.normal(key, mean.shape)
+
+    def log_prob(outputs: Array, raw: Array) -> Array:
+        mean, std = split(outputs)
+        return jnp.sum(-0.5 * jnp.square((raw - mean) / std) - jnp.log(std) - HALF_LOG_TAU, -1)
+
+    def entropy(outputs: Array) -> Array:
+        return jnp.sum(0.5 + HALF_LOG_TAU + jnp.log(split(outputs)[1]), -1)
+
+    def kl(p: Array, q: Array) -> Array:
+        (mean_p, std_p), (mean_q, std_q) = split(p), split(q)
+        ratio = jnp.square(std_p / std_q)
+        return 0.5 * jnp.sum(ratio - 1 - jnp.log(ratio) + jnp.square((mean_p - mean_q) / std_q), -1)
+
+    return Distribution(
+        2 * size,
+        sample,
+        lambda outputs: split(outputs)[0],
+        log_prob,
+        entropy,
+        kl,
+        lambda raw: middle + half * bound(raw),
+    )

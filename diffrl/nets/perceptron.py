@@ -1,0 +1,59 @@
+"""Perceptrons of observations: policies, values and Q functions of vectors.
+
+Orthogonal kernels of gain sqrt 2, zero biases and a last layer of its own gain are what codes of PPO start from
+(Engstrom et al., arXiv:2005.12729; Andrychowicz et al., arXiv:2006.05990): a policy whose last gain is 0.01 begins
+undecided.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+
+def numbers(obs: Array) -> Array:
+    """float32; bytes (uint8) are brought to [0, 1], everything else is taken as it is."""
+    return obs.astype(jnp.float32) / 255 if obs.dtype == jnp.uint8 else obs.astype(jnp.float32)
+
+
+def kernel(scale: float, orthogonal: bool) -> Callable[..., Array]:
+    """An initialiser: orthogonal of gain `scale`, or normal of variance scale^2 / fan-in (LeCun et al., 1998)."""
+    if orthogonal:
+        return nn.initializers.orthogonal(scale)
+    return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+
+
+class Perceptron(nn.Module):
+    """obs [B, ...] -> [B, outputs] float32; what an observation holds is flattened.
+
+    Attributes:
+        outputs: how many.
+        widths: of the hidden layers.
+        activation: between the layers.
+        out_scale: gain of the last layer's kernel: 0.01 for PPO's policies, 1 for values.
+        orthogonal: kernels of the hidden layers are orthogonal of gain sqrt 2; else LeCun's normals.
+        free_std: the last so many outputs are parameters, the same for every observation, 0 at first: the deviations
+            of a Gaussian policy that does not look where it explores.
+    """
+
+    outputs: int
+    widths: tuple[int, ...] = (64, 64)
+    activation: Callable[[Array], Array] = nn.tanh
+    out_scale: float = 1.0
+    orthogonal: bool = True
+    free_std: int = 0
+
+    @nn.compact
+    def __call__(self, obs: Array) -> Array:
+        h = numbers(obs).reshape(obs.shape[0], -1)
+        hidden = kernel(math.sqrt(2) if self.orthogonal else 1.0, self.orthogonal)
+        for i, width in enumerate(self.widths):
+            h = self.activation(nn.Dense(width, kernel_init=hidden, name=f"hidden_{i}")(h))
+        out = kernel(self.out_scale, self.orthogonal)
+        y = nn.Dense(self.outputs - self.free_std, kernel_init=out, name="out")(h)
+        if not self.free_std:
+            return y
+        free = self.param("free", nn.initializers.zeros_init(), (self.free_std,))
+        return jnp.concatenate([y, jnp.broadcast_to(free, (*y.shape[:-1], self.free_std))], axis=-1)

@@ -68,6 +68,36 @@ def monitor(env: Environment) -> Environment:
     return _wrap(env, reset=reset, step=step)
 
 
+def discounted_return(env: Environment, discount: float) -> Environment:
+    """info["discounted_return"]: G_t = r_t + discount G_{t-1}, from 0 at the reset; what rewards are normalised by.
+
+    Inside `autoreset` and `vectorize`.
+    """
+
+    def told(state: State, total: Array) -> State:
+        return state._replace(inner=Inner(state, total), info={**state.info, "discounted_return": total})
+
+    def reset(key: Array) -> State:
+        state = env.reset(key)
+        return told(state, jnp.zeros_like(state.reward))
+
+    def step(state: State, action: Array) -> State:
+        new = env.step(state.inner.state, action)
+        return told(new, new.reward + discount * state.inner.memory)
+
+    return _wrap(env, reset=reset, step=step)
+
+
+def scale_reward(env: Environment, factor: float) -> Environment:
+    """Rewards times `factor`; outside `monitor`, so that what is reported stays in the environment's units."""
+
+    def step(state: State, action: Array) -> State:
+        new = env.step(state, action)
+        return new._replace(reward=new.reward * factor)
+
+    return env._replace(step=step)
+
+
 def autoreset(env: Environment, keep_first: bool = False) -> Environment:
     """Where a step ends the episode, `obs` is the first of the next one and info["final_obs"] the last of this one.
 

@@ -1,6 +1,6 @@
-"""Where the loop's batches come from: a stream that can say where it stands, or rounds that the model collects.
+"""Where the loop's batches come from: a stream that knows its place, rounds that the model collects, or nowhere.
 
-Both have `next(state) -> batch`, `position() -> dict` for the checkpoint, and `whole`: whether a checkpoint taken now
+All have `next(state) -> batch`, `position() -> dict` for the checkpoint, and `whole`: whether a checkpoint taken now
 would resume exactly.
 """
 
@@ -28,6 +28,18 @@ class Stream:
 
     def position(self):
         return self._data.get_state()
+
+
+class Nothing:
+    """For steps that make their own data: a run of reinforcement learning holds its worlds in its state."""
+
+    whole = True
+
+    def next(self, state):
+        return None
+
+    def position(self):
+        return {}
 
 
 class Collected:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from diffrl.errors import UserError
 from diffrl.train import mesh
-from diffrl.train.feed import Collected, Stream
+from diffrl.train.feed import Collected, Nothing, Stream
 from diffrl.train.report import NotFinite, Report
 
 
@@ -41,7 +41,7 @@ def fit(
         step: compiled (state, batch) -> (state, metrics); it may donate the state.
         data: an iterator of what `step` takes, with `get_state() -> dict` if there are checkpoints; or a function
             collect(state, key) -> iterable of batches, called whenever the last one is used up.  Collected rounds are
-            checkpointed at their ends, so that a resumed run is the same run.
+            checkpointed at their ends, so that a resumed run is the same run; or None, for steps that make their own.
         steps: the total, earlier runs included.
         inner: updates per call of `step` (see `step.repeat`).
         checkpoints: a `Checkpoints`, or None.
@@ -65,9 +65,9 @@ def fit(
         raise UserError(
             f"steps={steps} leaves {steps - done} to do, which inner={inner} does not divide: change either"
         )
-    if checkpoints is not None and not callable(data) and not hasattr(data, "get_state"):
+    if checkpoints is not None and data is not None and not callable(data) and not hasattr(data, "get_state"):
         raise TypeError("data that is to be checkpointed needs get_state() and set_state(dict)")
-    feed = Collected(data) if callable(data) else Stream(data)
+    feed = Nothing() if data is None else Collected(data) if callable(data) else Stream(data)
     report = Report(
         done,
         steps,

@@ -220,6 +220,52 @@ def compile_repeated(step, mesh, state, k, *, small=SMALL):
     return several
 
 
+def per_shard(mesh, size):
+    """`jax.vmap`'s twin for devices: (f, in_axes, out_axes) -> f on every device's share of `size` worlds, by itself.
+
+    Adaptive loops (a simulator's solver) then run as long as the device's own worlds need, and nothing is exchanged.
+
+    Raises:
+        UserError: the worlds do not divide among the devices.
+    """
+    if size % batch_parts(mesh):
+        parts = batch_parts(mesh)
+        raise UserError(f"{size} worlds cannot be split over {parts} devices: choose a multiple of {parts}")
+
+    def wrap(f, in_axes, out_axes):
+        if batch_parts(mesh) == 1:
+            return f
+        specs = [tuple(_along(axis) for axis in axes) for axes in (in_axes, out_axes)]
+        if len(out_axes) == 1:
+            specs[1] = specs[1][0]
+        return jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+    return wrap
+
+
+def place_run(mesh, run, axes):
+    """A copy of a run of reinforcement learning, its worlds spread over "data" and "fsdp", the rest replicated.
+
+    axes: a tree prefix of `run`: which axis of its arrays counts the worlds, or None.
+    """
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_run_sharding(mesh, axes))(run)
+
+
+def compile_run(step, mesh, axes):
+    """`jit` of (run, None) -> (run, metrics) over the mesh, as `place_run` lays it; the old run's memory is reused."""
+    spread = _run_sharding(mesh, axes)
+    whole = NamedSharding(mesh, P())
+    return jax.jit(step, in_shardings=(spread, None), out_shardings=(spread, whole), donate_argnums=0)
+
+
+def _along(axis):
+    return P() if axis is None else P(*[None] * axis, BATCH_AXES)
+
+
+def _run_sharding(mesh, axes):
+    return jax.tree.map(lambda axis: NamedSharding(mesh, _along(axis)), axes, is_leaf=lambda axis: axis is None)
+
+
 def shard_map_step(make_update, mesh):
     """The step with its collectives written out: `(state, batch) -> (state, metrics)`, to be compiled as usual.
 

@@ -25,6 +25,11 @@ def kernel(scale: float, orthogonal: bool) -> Callable[..., Array]:
     return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
 
 
+def hidden(orthogonal: bool) -> Callable[..., Array]:
+    """The initialiser of hidden layers: of gain sqrt 2 where it is orthogonal, else of 1."""
+    return kernel(math.sqrt(2) if orthogonal else 1.0, orthogonal)
+
+
 class Perceptron(nn.Module):
     """obs [B, ...] -> [B, outputs] float32; what an observation holds is flattened.
 
@@ -48,9 +53,8 @@ class Perceptron(nn.Module):
     @nn.compact
     def __call__(self, obs: Array) -> Array:
         h = numbers(obs).reshape(obs.shape[0], -1)
-        hidden = kernel(math.sqrt(2) if self.orthogonal else 1.0, self.orthogonal)
         for i, width in enumerate(self.widths):
-            h = self.activation(nn.Dense(width, kernel_init=hidden, name=f"hidden_{i}")(h))
+            h = self.activation(nn.Dense(width, kernel_init=hidden(self.orthogonal), name=f"hidden_{i}")(h))
         out = kernel(self.out_scale, self.orthogonal)
         y = nn.Dense(self.outputs - self.free_std, kernel_init=out, name="out")(h)
         if not self.free_std:

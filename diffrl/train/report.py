@@ -82,11 +82,13 @@ class Report:
                 self._write(step)
 
     def _check(self, step, metrics):
-        watched = {name: np.ravel(metrics[name]) for name in WATCHED if name in metrics}
+        # [inner, ...]: many runs in one program have a metric each.
+        watched = {name: np.reshape(metrics[name], (self._inner, -1)) for name in WATCHED if name in metrics}
         for i in range(self._inner):
             for name, values in watched.items():
-                if not np.isfinite(values[i]):
-                    raise NotFinite(f"{name} is {values[i]} at step {step - self._inner + 1 + i}")
+                bad = values[i][~np.isfinite(values[i])]
+                if bad.size:
+                    raise NotFinite(f"{name} is {bad[0]} at step {step - self._inner + 1 + i}")
 
     def _write(self, step):
         """Writes the means over the window that ends at `step`, and how fast it went."""

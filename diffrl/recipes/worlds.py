@@ -1,0 +1,77 @@
+"""Environments by the names that users write, wrapped as the drivers want them."""
+
+import dataclasses
+from collections.abc import Callable
+
+from diffrl.config import leaf
+from diffrl.errors import UserError, nearest
+from diffrl.rl import classic_control, wrappers
+from diffrl.rl.environment import Environment
+
+OWN: dict[str, Callable[[], Environment]] = {
+    "cartpole": classic_control.cartpole,
+    "acrobot": classic_control.acrobot,
+    "pendulum": classic_control.pendulum,
+    "mountain_car": classic_control.mountain_car,
+}
+PREFIXES = ("brax", "playground", "minatar", "gymnax", "gym", "atari")
+NAMES = f"{', '.join(OWN)}, {', '.join(f'{prefix}:NAME' for prefix in PREFIXES)}"
+
+
+@dataclasses.dataclass
+class WorldConfig:
+    """What is acted in.
+
+    Attributes:
+        name: one of our own, or a library's, as in brax:ant, minatar:Breakout-MinAtar, gym:CartPole-v1, atari:pong.
+        episode_length: of brax's worlds; the others know theirs.
+    """
+
+    name: str = leaf("cartpole", NAMES)
+    num: int = leaf(8, "worlds side by side, of each seed", at_least=1)
+    episode_length: int = leaf(1000, "steps after which brax's and playground's episodes are cut", at_least=1)
+    action_repeat: int = leaf(1, "steps that every action is held", at_least=1)
+    frames: int = leaf(1, "observations stacked along the last axis", at_least=1)
+    backend: str = leaf("spring", "brax's physics: spring, positional, generalized, mjx")
+
+
+def is_host(config: WorldConfig) -> bool:
+    """Whether the world lives outside jax: it runs one seed, and starts anew when a run is taken up again."""
+    return config.name.partition(":")[0] in ("gym", "atari")
+
+
+def single(config: WorldConfig) -> Environment:
+    """One world whose episodes end, without automatic resets; raises UserError for an unknown name."""
+    prefix, colon, rest = config.name.partition(":")
+    makers: dict[str, Callable[[], Environment]] = {
+        "brax": lambda: brax.make(rest, config.backend, config.episode_length, config.action_repeat),
+        "playground": lambda: playground.make(rest, config.episode_length),
+        "gymnax": lambda: gymnax.make(rest),
+        "minatar": lambda: gymnax.minatar(rest),
+    }
+    if colon and prefix in makers:
+        env = makers[prefix]()
+    elif config.name in OWN:
+        env = OWN[config.name]()
+    else:
+        raise UserError(f"--config.world.name={config.name}: {nearest(config.name, OWN, f'choose from {NAMES}')}")
+    if config.action_repeat > 1 and prefix != "brax":
+        env = wrappers.action_repeat(env, config.action_repeat)
+    return wrappers.frame_stack(env, config.frames) if config.frames > 1 else env
+
+
+def vector(config: WorldConfig, num: int, discount: float | None = None, reward_scale: float = 1.0) -> Environment:
+    """`num` worlds that reset themselves and tell their returns.
+
+    Args:
+        discount: of info["discounted_return"], for agents that normalise rewards.
+        reward_scale: what the agent's rewards are multiplied with; the reported returns are not.
+    """
+    if is_host(config):
+        prefix, _, rest = config.name.partition(":")
+        return host.atari(rest, num) if prefix == "atari" else host.gymnasium_vector(rest, num)
+    env = wrappers.monitor(single(config))
+    env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
+    env = wrappers.discounted_return(env, discount) if discount is not None else env
+    # A simulator's reset costs as much as many steps, and lanes of a batch cannot branch around it.
+    return wrappers.vectorize(wrappers.autoreset(env, keep_first=config.name.startswith(("brax:", "playground:"))), num)

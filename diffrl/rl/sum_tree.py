@@ -14,7 +14,7 @@ CHILDREN = 8
 
 def init(size: int) -> Tree:
     """`size` zeros."""
-    levels = []
+    levels: list[Array] = []
     while not levels or size > 1:
         size = -(-size // CHILDREN)
         levels.append(jnp.zeros((size, CHILDREN), jnp.float32))

@@ -1,0 +1,139 @@
+"""PPO: what its first minibatch must be, its gradient on a bandit, its critic's fixed points, its bounds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rl_worlds import bias, counting, linear_critic, many, noisy
+
+from diffrl.errors import UserError
+from diffrl.rl import distributions, driver
+from diffrl.rl.agent import Transition, separate
+from diffrl.rl.agents.ppo import ppo
+from diffrl.rl.environment import Actions
+from diffrl.rl.on_policy import on_policy
+
+BOX = Actions(shape=(2,), low=-2.0, high=2.0)
+
+
+@pytest.mark.parametrize("actions", [Actions(num=3), BOX], ids=["discrete", "continuous"])
+def test_first_minibatch_is_on_policy(actions):
+    """With a step of size zero every minibatch is the first: ratio 1, no divergence, nothing clipped."""
+    dist = distributions.of(actions, squash=True)
+    agent = ppo(linear_critic(dist.size, 2), dist, optax.sgd(0.0), epochs=2, minibatches=4)
+    run = on_policy(many(noisy(actions), 8), agent, 16)
+    _, told = jax.jit(run.step)(run.init(jax.random.key(0)))
+    assert told["ratio_deviation"] < 1e-5
+    assert abs(told["kl"]) < 1e-6
+    assert told["clip_fraction"] == 0
+    assert told["grad_norm"] > 1e-3  # and yet there is something to learn
+
+
+def bandit(rewards, outputs, samples, seed=0):
+    """A rollout [1, samples] of one-step episodes in a bandit, by a softmax policy."""
+    action = jax.random.categorical(jax.random.key(seed), outputs, shape=(1, samples))
+    shape = (1, samples)
+    return Transition(
+        jnp.zeros((*shape, 1)),
+        action,
+        rewards[action],
+        jnp.ones(shape, bool),
+        jnp.zeros(shape, bool),
+        jnp.zeros((*shape, 1)),
+        {"raw": action, "outputs": jnp.broadcast_to(outputs, (*shape, len(outputs)))},
+    )
+
+
+def test_gradient_on_a_bandit():
+    """One full-batch step of SGD is the policy gradient sum_a grad pi(a) r(a), which is known."""
+    logits, rewards = jnp.array([0.3, -0.5, 1.0]), jnp.array([1.0, 3.0, -2.0])
+    agent = ppo(
+        separate(bias(3), bias(1)),
+        distributions.categorical(3),
+        optax.sgd(1.0),
+        epochs=1,
+        minibatches=1,
+        normalise=False,
+    )
+    state = agent.init(jax.random.key(0))
+    state = state._replace(params={"policy": logits, "value": jnp.zeros(1)})
+    new, _ = jax.jit(agent.update)(state, bandit(rewards, logits, 200_000), jax.random.key(1))
+    exact = jax.grad(lambda x: jax.nn.softmax(x) @ rewards)(logits)
+    np.testing.assert_allclose(new.params["policy"] - logits, exact, atol=0.02)
+    np.testing.assert_allclose(new.params["value"], 0.5 * jax.nn.softmax(logits) @ rewards, atol=0.02)
+
+
+@pytest.mark.parametrize(("world", "value"), [({"limit": 8}, 50.0), ({"end": 8}, None)], ids=["limit", "terminal"])
+def test_truncation_is_not_termination(world, value):
+    """Reward 1 for ever at discount 0.98 is worth 50, however often the episode is cut; with an end it is not."""
+    optimizer = optax.sgd(0.3)
+    agent = ppo(separate(bias(2), bias(1)), distributions.categorical(2), optimizer, discount=0.98, epochs=4)
+    run = on_policy(many(counting(**world), 4), agent, 16)
+    state, _ = jax.jit(lambda run_: driver.repeat(run.step, 150)(run_, None))(run.init(jax.random.key(0)))
+    found = float(state.agent.params["value"][0])
+    if value is not None:
+        assert found == pytest.approx(value, abs=1.0)
+    else:  # between 1, the last step's, and the first one's (1 - 0.98^8) / 0.02
+        assert 1.0 < found < 7.5
+
+
+def test_clipping_bounds_the_ratio():
+    """Many epochs on one bandit rollout: the clipped policy stops near the bound, the free one runs away."""
+    logits, rewards = jnp.zeros(2), jnp.array([1.0, 0.0])
+    rollout = bandit(rewards, logits, 256)
+
+    def moved(**bounds):
+        agent = ppo(separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(0.02), epochs=100, **bounds)
+        state, told = jax.jit(agent.update)(agent.init(jax.random.key(0)), rollout, jax.random.key(1))
+        return float(jax.nn.softmax(state.params["policy"])[0]) / 0.5, told
+
+    near, told = moved(clip=0.2)
+    free, _ = moved(clip=1e9)
+    assert 1.1 < near < 1.35
+    assert free > 1.7
+    assert told["clip_fraction"] > 0.2
+
+
+def test_divergence_is_held_by_its_penalty():
+    """A bandit whose better arm changes at every update, learned fast: beta grows until updates keep to the target."""
+    agent = ppo(
+        separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(0.3), clip=None, kl_target=0.01, epochs=20
+    )
+
+    @jax.jit
+    def update(state, i):
+        rewards = jnp.array([1.0, 0.0]) * jnp.where(i % 2, 1, -1)
+        rollout = bandit(rewards, state.params["policy"], 256, i)
+        return agent.update(state, rollout, jax.random.key(0))
+
+    _, told = jax.lax.scan(update, agent.init(jax.random.key(0)), jnp.arange(40))
+    assert told["kl"][0] > 0.1
+    assert 0.005 < float(jnp.mean(told["kl"][-10:])) < 0.02
+    assert told["beta"][-1] >= 4
+
+
+def test_value_clipping_limits_the_value():
+    """With targets far away, a clipped value stops where its error no longer pulls."""
+    rollout = bandit(jnp.array([100.0, 100.0]), jnp.zeros(2), 64)
+
+    def value(value_clip):
+        agent = ppo(
+            separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(0.05), epochs=40, value_clip=value_clip
+        )
+        return float(
+            jax.jit(agent.update)(agent.init(jax.random.key(0)), rollout, jax.random.key(1))[0].params["value"][0]
+        )
+
+    assert 0.5 < value(0.5) < 6  # past the bound by one step at most
+    assert value(None) > 90
+
+
+def test_mistakes_are_one_line():
+    dist = distributions.categorical(3)
+    with pytest.raises(UserError, match="clip, kl_target or both"):
+        ppo(linear_critic(3, 2), dist, optax.sgd(0.1), clip=None)
+    agent = ppo(linear_critic(3, 2), dist, optax.sgd(0.1), minibatches=7)
+    run = on_policy(many(noisy(), 8), agent, 16)
+    with pytest.raises(UserError, match=r"128 samples .* 7 minibatches"):
+        jax.eval_shape(run.step, jax.eval_shape(run.init, jax.random.key(0)))

@@ -14,6 +14,7 @@ video (video.gif, or Brax's viewer video.html).  Expected: CartPole 500 after 10
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -91,12 +92,12 @@ def breakout() -> Config:
     )
 
 
-def brax(name: str, steps: int, **changes: object) -> Config:
+def brax(name: str, steps: int, **changes: Any) -> Config:
     """The sizes of Brax's own recipes: 32 minibatches of thousands of samples, wide values, squashed actions."""
-    settings = dict(
-        unroll=80, epochs=4, minibatches=32, learning_rate=3e-4, anneal=False, clip_norm=1e9, discount=0.97, clip=0.3,
-        entropy=1e-2, reward_scale=10.0, normalise_obs=True,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        **{"unroll": 80, "epochs": 4, "minibatches": 32, "learning_rate": 3e-4, "anneal": False, "clip_norm": 1e9},
+        **{"discount": 0.97, "clip": 0.3, "entropy": 1e-2, "reward_scale": 10.0, "normalise_obs": True},
+    }
     world = WorldConfig(name=f"brax:{name}", num=2048)
     for field in ("num", "action_repeat", "backend"):
         if field in changes:
@@ -104,7 +105,7 @@ def brax(name: str, steps: int, **changes: object) -> Config:
     return Config(
         world=world,
         net=NetConfig((32,) * 4, (256,) * 5, "silu", orthogonal=False, squash=True, free_std=False),
-        ppo=PPOConfig(**{**settings, **changes}),  # type: ignore[arg-type]
+        ppo=PPOConfig(**{**settings, **changes}),
         run=RunConfig(steps=steps, seeds=1, episodes=128, final_episodes=128, evaluations=20),
     )
 
@@ -169,9 +170,7 @@ def build(config: Config, env: Environment) -> Agent:
     if not (settings.normalise_obs or settings.normalise_rewards):
         return agent
     seen = jax.ShapeDtypeStruct(env.obs.shape[1:], env.obs.dtype)
-    return moments.normalised(
-        agent, seen, observations=settings.normalise_obs, rewards=settings.normalise_rewards
-    )
+    return moments.normalised(agent, seen, observations=settings.normalise_obs, rewards=settings.normalise_rewards)
 
 
 def main(config: Config, run: config_lib.Run) -> None:
@@ -179,7 +178,11 @@ def main(config: Config, run: config_lib.Run) -> None:
     discount = settings.discount if settings.normalise_rewards else None
     env = worlds.vector(config.world, config.world.num, discount, settings.reward_scale)
     session = reinforcement.open_session(
-        config, run, env, build(config, env), lambda env, agent, per_shard: on_policy(env, agent, settings.unroll, per_shard)
+        config,
+        run,
+        env,
+        build(config, env),
+        lambda env, agent, per_shard: on_policy(env, agent, settings.unroll, per_shard),
     )
     reinforcement.finish(session, reinforcement.train(session), f"PPO on {config.world.name}")
 

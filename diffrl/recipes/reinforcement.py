@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,19 +13,19 @@ import numpy as np
 
 from diffrl import config as config_lib
 from diffrl.config import leaf
-from diffrl.errors import UserError
-from diffrl.evaluate import learning_curves, video
+from diffrl.errors import UserError, nearest
+from diffrl.evaluate import learning_curves, plots, video
 from diffrl.evaluate.learning_curves import Curve
 from diffrl.recipes import results, worlds
 from diffrl.recipes.worlds import WorldConfig
 from diffrl.rl import driver as drivers
 from diffrl.rl import evaluation
+from diffrl.rl.adapters import brax
 from diffrl.rl.agent import Agent
 from diffrl.rl.driver import Driver, PerShard
 from diffrl.rl.environment import Environment, State
 from diffrl.train import loop, mesh
 from diffrl.train.checkpoint import Checkpoints
-from diffrl.train.mesh import MeshConfig
 from diffrl.train.writers import Writers
 
 DISPATCHES = 4  # between two evaluations: metrics are seen and signals heard so often
@@ -74,9 +74,25 @@ class Session(NamedTuple):
 MakeDriver = Callable[[Environment, Agent, PerShard], Driver]
 
 
-def open_session(
-    config: Any, run: config_lib.Run, env: Environment, agent: Agent, make_driver: MakeDriver
-) -> Session:
+class Contestant(NamedTuple):
+    """An agent in a vectorised environment, and how it is driven."""
+
+    world: WorldConfig
+    env: Environment
+    agent: Agent
+    make_driver: MakeDriver
+
+
+def check_names(flag: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError for the first name that is not known, or if none is given."""
+    if not given:
+        raise UserError(f"--config.{flag} is empty: choose from {', '.join(known)}")
+    for name in given:
+        if name not in known:
+            raise UserError(f"--config.{flag}={name}: {nearest(name, known, f'choose from {chr(44).join(known)}')}")
+
+
+def open_session(config: Any, run: config_lib.Run, env: Environment, agent: Agent, make_driver: MakeDriver) -> Session:
     """The session of a config with `world`, `run`, `mesh` and `seed`.
 
     Args:
@@ -126,6 +142,9 @@ def train(session: Session) -> Any:
         if worlds.is_host(session.world):
             current = current._replace(world=fresh.world)  # it was not saved: its episodes begin anew
         print(describe(session, current, todo), file=sys.stderr)
+        score = evaluation_hook(session, todo, writers)
+        if not int(current.step):
+            score(0, current)
         current = loop.fit(
             mesh.compile_run(drivers.repeat(population.step, todo.inner), session.devices, population.axes),
             current,
@@ -134,7 +153,7 @@ def train(session: Session) -> Any:
             inner=todo.inner,
             checkpoints=checkpoints,
             checkpoint_every=todo.every * settings.checkpoint_every,
-            hooks=[evaluation_hook(session, todo, writers)],
+            hooks=[score],
             writers=writers,
             log_every=todo.inner,
             batch_size=population.env_steps * settings.seeds,
@@ -218,6 +237,32 @@ def finish(session: Session, state: Any, title: str, threshold: float | None = N
     return measured
 
 
+def contest(config: Any, run: config_lib.Run, contestants: Mapping[str, Contestant]) -> None:
+    """Trains all of "world/name", or "name" in the one world there is, in folders of these names, and compares them.
+
+    Writes curves.png, a panel for each world, and table.md.
+    """
+    measured, panels = {}, {}
+    for path, one in contestants.items():
+        here = dataclasses.replace(config, world=one.world)
+        session = open_session(here, run._replace(workdir=run.workdir / path), one.env, one.agent, one.make_driver)
+        measured[path] = finish(session, train(session), path.replace("/", ": "))
+        panels.setdefault(one.world.name, {})[path.rpartition("/")[2]] = curve(session.workdir)
+    figure, grid = plots.panels(1, len(panels), 4.8, 3.6)
+    for axes, (name, curves) in zip(grid.flat, panels.items(), strict=True):
+        learning_curves.draw(axes, curves)
+        axes.set_title(name, loc="left", fontsize=10)
+    grid[0, 0].set_ylabel("return of an episode")
+    plots.save(run.workdir / "curves.png", figure)
+    lines = ["| run | steps of a seed | final return of each seed | interquartile mean |", "|---|---|---|---|"]
+    for path, row in measured.items():
+        each = ", ".join(f"{value:.1f}" for value in row["returns"])
+        lines.append(f"| {path} | {row['env_steps']:,} | {each} | {row['interquartile_mean']:.1f} |")
+    table = "\n".join(lines) + "\n"
+    (run.workdir / "table.md").write_text(table, encoding="utf-8")
+    print(table)
+
+
 def show(session: Session, state: Any, folder: pathlib.Path) -> None:
     """Writes video.gif of an episode of one agent, or brax's viewer video.html."""
     env = worlds.single(session.world)
@@ -231,4 +276,6 @@ def show(session: Session, state: Any, folder: pathlib.Path) -> None:
     if env.render is not None:
         video.gif(folder / "video.gif", [env.render(frame) for frame in frames])
     else:
-        (folder / "video.html").write_text(brax.html(session.world.name.partition(":")[2], frames, session.world.backend))
+        (folder / "video.html").write_text(
+            brax.html(session.world.name.partition(":")[2], frames, session.world.backend)
+        )

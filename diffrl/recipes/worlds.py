@@ -6,6 +6,7 @@ from collections.abc import Callable
 from diffrl.config import leaf
 from diffrl.errors import UserError, nearest
 from diffrl.rl import classic_control, wrappers
+from diffrl.rl.adapters import brax
 from diffrl.rl.environment import Environment
 
 OWN: dict[str, Callable[[], Environment]] = {

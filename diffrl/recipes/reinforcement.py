@@ -233,7 +233,8 @@ def finish(session: Session, state: Any, title: str, threshold: float | None = N
     print(f"interquartile mean {measured['interquartile_mean']:.1f}; everything lies in {session.workdir}")
     if session.run.video and not worlds.is_host(session.world):
         middle = int(np.argsort(returns)[len(returns) // 2])
-        show(session, jax.tree.map(lambda x: x[middle], state), session.workdir)
+        best = jax.tree.map(lambda x: x[middle], state)
+        show(session.world, session.agent, best, session.workdir, session.seed)
     return measured
 
 
@@ -263,19 +264,18 @@ def contest(config: Any, run: config_lib.Run, contestants: Mapping[str, Contesta
     print(table)
 
 
-def show(session: Session, state: Any, folder: pathlib.Path) -> None:
+def show(world: WorldConfig, agent: Agent, state: Any, folder: pathlib.Path, seed: int) -> None:
     """Writes video.gif of an episode of one agent, or brax's viewer video.html."""
-    env = worlds.single(session.world)
-    is_brax = session.world.name.startswith("brax:")
+    env = worlds.single(world)
+    is_brax = world.name.startswith("brax:")
     if env.render is None and not is_brax:
         return
-    states = jax.device_get(jax.jit(evaluation.record(env, session.agent, FRAMES))(state, jax.random.key(session.seed)))
+    states = jax.device_get(jax.jit(evaluation.record(env, agent, FRAMES))(state, jax.random.key(seed)))
     done = np.asarray(states.terminated | states.truncated)
     length = int(np.argmax(done)) + 1 if done.any() else len(done)
     frames: list[State] = [jax.tree.map(lambda x: jnp.asarray(x[i]), states) for i in range(length)]
     if env.render is not None:
         video.gif(folder / "video.gif", [env.render(frame) for frame in frames])
     else:
-        (folder / "video.html").write_text(
-            brax.html(session.world.name.partition(":")[2], frames, session.world.backend)
-        )
+        page = brax.html(world.name.partition(":")[2], frames, world.backend)
+        (folder / "video.html").write_text(page, encoding="utf-8")

@@ -1,0 +1,242 @@
+r"""Reinforcement learning against its peers: brax's PPO, stable-baselines3's PPO, and many seeds against one.
+
+  python -m benchmarks.rl brax          # PPO on inverted_pendulum (spring): same sizes, same updates
+  python -m benchmarks.rl sb3           # PPO on CartPole, 8 worlds, same sizes and updates
+  python -m benchmarks.rl seeds         # 64 seeds in one program against one seed
+  python -m benchmarks.rl parts         # where PPO's time goes: physics, inference, update
+
+Each prints a table with ratios; ours and the peer's are timed in turns on the same machine in the same run, compilation
+apart.  brax's trainer calls `jax.device_put_replicated`, which jax has dropped: a shim below stands for it.  Needs the
+[envs] extra, and `sb3` stable-baselines3 with torch ([oracles]).
+
+`brax` on two CPU cores: --devices=2 splits our worlds over two virtual devices, and brax's pmap over the same two.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+DEVICES = "--xla_force_host_platform_device_count"
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["brax", "sb3", "seeds", "parts"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
+    parser.add_argument("--num", type=int, default=64, help="seeds of the population")
+    return parser.parse_args()
+
+
+def our_brax() -> tuple[Any, Any, Any]:
+    """(driver, compiled step, a run) of `experiments.ppo --preset=inverted_pendulum`."""
+    import jax
+
+    from diffrl.recipes import worlds
+    from diffrl.rl import driver
+    from diffrl.rl.on_policy import on_policy
+    from diffrl.train import mesh
+    from experiments import ppo
+
+    config = ppo.inverted_pendulum()
+    env = worlds.vector(config.world, config.world.num, None, config.ppo.reward_scale)
+    grid = mesh.make_mesh()
+    run = on_policy(env, ppo.build(config, env), config.ppo.unroll, mesh.per_shard(grid, config.world.num))
+    state = mesh.place_run(grid, jax.jit(run.init)(jax.random.key(0)), run.axes)
+    return run, mesh.compile_run(driver.repeat(run.step, 1), grid, run.axes), state
+
+
+def compiled(program: Any, *arguments: Any) -> tuple[Any, float]:
+    """The executable, and the seconds that tracing and compiling took."""
+    start = time.perf_counter()
+    return program.lower(*arguments).compile(), time.perf_counter() - start
+
+
+def against_brax(repeats: int) -> None:
+    """Both trainers in turns: one call of brax's `training_epoch` of one training step, and one of our steps."""
+    import jax
+    import jax.numpy as jnp
+
+    jax.device_put_replicated = lambda tree, devices: jax.tree.map(  # type: ignore[attr-defined]
+        lambda x: jnp.stack([x] * len(devices)), tree
+    )
+    from brax.training.agents.ppo import train as brax_ppo
+
+    run, program, state = our_brax()
+    program, ours_compile = compiled(program, state, None)
+
+    def ours() -> None:
+        nonlocal state
+        state, told = program(state)
+        jax.block_until_ready(told)
+
+    mine: list[float] = []
+
+    def timed() -> None:
+        start = time.perf_counter()
+        ours()
+        mine.append(time.perf_counter() - start)
+
+    theirs: list[float] = []
+
+    def progress(steps: int, metrics: dict[str, Any]) -> None:
+        # Called after every epoch of one training step: theirs has just ended, now it is our turn.
+        if "training/walltime" in metrics:
+            theirs.append(float(metrics["training/walltime"]) - sum(theirs))
+            timed()
+
+    from diffrl.rl.adapters import brax as adapter
+
+    steps = run.env_steps
+    brax_ppo.train(
+        adapter._robot("inverted_pendulum", "spring"),
+        num_timesteps=steps * (repeats + 1), num_evals=repeats + 2, reward_scaling=10, episode_length=1000,
+        normalize_observations=True, action_repeat=1, unroll_length=5, num_minibatches=32, num_updates_per_batch=4,
+        discounting=0.97, learning_rate=3e-4, entropy_cost=1e-2, num_envs=2048, batch_size=1024, seed=1,
+        run_evals=False, progress_fn=progress,
+    )  # fmt: skip
+    their_compile = theirs[0] - sorted(theirs[1:])[len(theirs[1:]) // 2]
+    table("PPO on brax's inverted_pendulum, 2048 worlds, 32 minibatches x 4", steps, {
+        "diffrl": (mine[1:], ours_compile), "brax": (theirs[1:], their_compile),
+    })  # fmt: skip
+
+
+def table(title: str, steps: int, rows: dict[str, tuple[list[float], float]]) -> None:
+    """Rows of (seconds of each repeat, seconds of compilation); the first is what the others are compared with."""
+    import jax
+
+    print(
+        f"\n{title}; {jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} cores, jax {jax.__version__}"
+    )
+    print(f"{'':28}{'steps/s':>12}{'best':>12}{'compile s':>12}{'time/first':>12}")
+    middle = {name: sorted(seconds)[len(seconds) // 2] for name, (seconds, _) in rows.items()}
+    first = next(iter(middle.values()))
+    for name, (seconds, compile_seconds) in rows.items():
+        print(
+            f"{name:28}{steps / middle[name]:12,.0f}{steps / min(seconds):12,.0f}{compile_seconds:12.1f}"
+            f"{middle[name] / first:12.2f}"
+        )
+
+
+def cartpole(seeds: int) -> tuple[Any, Callable[[], None], float]:
+    """(driver, ten updates of `experiments.ppo`'s default, seconds of compilation)."""
+    import jax
+
+    from diffrl.recipes import worlds
+    from diffrl.rl import driver
+    from diffrl.rl.on_policy import on_policy
+    from experiments import ppo
+
+    config = ppo.Config()
+    env = worlds.vector(config.world, config.world.num)
+    run = on_policy(env, ppo.build(config, env), config.ppo.unroll)
+    run = driver.seeds(run, seeds)
+    state = jax.jit(run.init)(jax.random.key(0))
+    program, seconds = compiled(jax.jit(driver.repeat(run.step, 10)), state, None)
+
+    def ours() -> None:
+        jax.block_until_ready(program(state, None))
+
+    return run, ours, seconds
+
+
+def in_turns(programs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each; one uncounted turn first."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(repeats + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def against_sb3(repeats: int) -> None:
+    """The same rollouts (8 x 128), epochs (10), minibatches (4) and networks (64, 64), Adam and clipping."""
+    import gymnasium
+    import stable_baselines3 as sb3
+
+    run, ours, seconds = cartpole(1)
+    worlds = gymnasium.vector  # noqa: F841 (stable-baselines3 has vectors of its own)
+    model = sb3.PPO(
+        "MlpPolicy", sb3.common.env_util.make_vec_env("CartPole-v1", 8), n_steps=128, batch_size=256, n_epochs=10,
+        learning_rate=1e-3, device="cpu", verbose=0,
+    )  # fmt: skip
+    steps = 10 * run.env_steps
+    times = in_turns(
+        {"diffrl": ours, "stable-baselines3": lambda: model.learn(steps, reset_num_timesteps=False)}, repeats
+    )
+    table("PPO on CartPole, 8 worlds x 128 steps, 4 minibatches x 10", steps, {
+        "diffrl": (times["diffrl"], seconds), "stable-baselines3": (times["stable-baselines3"], 0.0),
+    })  # fmt: skip
+
+
+def many_seeds(repeats: int, num: int) -> None:
+    """Steps/s are those of one seed."""
+    run, one, first = cartpole(1)
+    _, all_of_them, second = cartpole(num)
+    times = in_turns({"1": one, "all": all_of_them}, repeats)
+    table(f"PPO on CartPole, one seed and {num} in one program", 10 * run.env_steps, {
+        "1 seed": (times["1"], first), f"{num} seeds": (times["all"], second),
+    })  # fmt: skip
+
+
+def parts(repeats: int) -> None:
+    """One step of PPO on inverted_pendulum: physics alone, with the policy, and the whole."""
+    import jax
+    import jax.numpy as jnp
+
+    from diffrl.recipes import worlds
+    from diffrl.rl import driver
+    from experiments import ppo
+
+    config = ppo.inverted_pendulum()
+    env = worlds.vector(config.world, config.world.num, None, config.ppo.reward_scale)
+    agent, unroll = ppo.build(config, env), config.ppo.unroll
+    run, whole, state = our_brax()
+    whole, seconds = compiled(whole, state, None)
+    world, keys = jax.jit(env.reset)(jax.random.key(0)), driver.split_over(jax.random.key(1), config.world.num)
+    learner = jax.jit(agent.init)(jax.random.key(0))
+    still = jnp.zeros((config.world.num, *env.actions.shape))
+
+    def physics(world: Any) -> Any:
+        return jax.lax.scan(lambda world, _: (env.step(world, still), world.reward), world, None, unroll)[0]
+
+    def acting(learner: Any, world: Any) -> Any:
+        return driver.collect(env, lambda obs, keys: agent.act(learner, obs, keys), unroll, world, keys)
+
+    programs = {"physics": jax.jit(physics), "physics + inference": jax.jit(acting)}
+    arguments = {"physics": (world,), "physics + inference": (learner, world)}
+
+    def step() -> None:
+        nonlocal state
+        state, told = whole(state)
+        jax.block_until_ready(told)
+
+    timed: dict[str, Callable[[], None]] = {"whole step": step}
+    for name, program in programs.items():
+        timed[name] = lambda program=program, name=name: jax.block_until_ready(program(*arguments[name]))  # type: ignore[misc]
+    times = in_turns(timed, repeats)
+    table("PPO on inverted_pendulum, where the time goes", run.env_steps, {
+        name: (times[name], seconds if name == "whole step" else 0.0) for name in timed
+    })  # fmt: skip
+
+
+def main() -> None:
+    chosen = flags()
+    if chosen.devices > 1:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}={chosen.devices}"
+    measure: dict[str, Callable[[], None]] = {
+        "brax": lambda: against_brax(chosen.repeats),
+        "sb3": lambda: against_sb3(chosen.repeats),
+        "seeds": lambda: many_seeds(chosen.repeats, chosen.num),
+        "parts": lambda: parts(chosen.repeats),
+    }
+    measure[chosen.what]()
+
+
+if __name__ == "__main__":
+    main()

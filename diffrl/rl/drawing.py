@@ -16,6 +16,7 @@ GREY: Colour = (206, 210, 214)
 AMBER: Colour = (222, 142, 52)
 TEAL: Colour = (32, 138, 148)
 RED: Colour = (200, 72, 62)
+_TILES = (PAPER, AMBER, STEEL, TEAL, RED, (150, 190, 90), (170, 120, 190), GREY, (240, 205, 110), (120, 80, 60))
 _FINER = 4  # pixels are averaged over so many squared
 
 
@@ -61,3 +62,10 @@ def canvas(height: int, width: int, left: float, right: float, bottom: float) ->
     image = Image.new("RGB", (width * _FINER, height * _FINER), PAPER)
     scale = width * _FINER / (right - left)
     return Canvas(image, ImageDraw.Draw(image), scale, (-left * scale, height * _FINER + bottom * scale))
+
+
+def tiles(channels: np.ndarray, pixels: int = 24) -> np.ndarray:
+    """Channels [H, W, C], 0 or not, as coloured squares of `pixels` pixels, uint8; the last channel lies on top."""
+    top = ((channels != 0) * np.arange(1, channels.shape[-1] + 1)).max(-1)
+    palette = np.array([INK, *(_TILES[i % len(_TILES)] for i in range(channels.shape[-1]))], np.uint8)
+    return palette[top].repeat(pixels, 0).repeat(pixels, 1)

@@ -9,7 +9,7 @@ import pytest
 
 from diffrl.errors import UserError
 from diffrl.rl import classic_control
-from diffrl.rl.adapters import brax, host
+from diffrl.rl.adapters import brax, gymnax, host
 
 
 def trajectory(reset, step, actions):
@@ -85,3 +85,117 @@ def test_a_missing_library_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "brax", None)
     with pytest.raises(UserError, match=r"^brax is not installed: pip install -e '\.\[envs\]'$"):
         brax.make("ant")
+
+
+def minatar_game(name):
+    """MinAtar's own, without sticky actions."""
+    minatar = pytest.importorskip("minatar")
+    world = minatar.Environment(name, sticky_action_prob=0.0, difficulty_ramping=False)
+    world.seed(0)
+    world.reset()
+    return world
+
+
+def inject(game, inner):
+    """Gymnax's state with what MinAtar's has under the same names; entities are padded with zeros."""
+    known = {name: value for name, value in vars(game).items() if hasattr(inner, name)}
+    if "entities" in known:
+        rows = [[*map(int, entity), 1] if entity else [0] * 5 for entity in known["entities"]]
+        known["entities"] = np.array(rows)
+    known = {name: np.asarray(value, getattr(inner, name).dtype) for name, value in known.items()}
+    return inner.replace(**known)
+
+
+def towards_the_ball(game, rng):
+    return 0 if game.ball_x == game.pos else 1 if game.ball_x < game.pos else 2
+
+
+PLAYERS = {
+    "breakout": lambda game, rng: rng.integers(3) if rng.random() < 0.02 else towards_the_ball(game, rng),
+    "freeway": lambda game, rng: 1 if rng.random() < 0.9 else rng.integers(3),
+    "asterix": lambda game, rng: rng.integers(5),
+    "space_invaders": lambda game, rng: rng.choice([1, 2, 3, 3, 3]),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", PLAYERS)
+def test_every_step_of_minatar_is_minatars(name):
+    """Each from MinAtar's own state, so that what it draws at random does not matter; steps that draw are left out."""
+    pytest.importorskip("gymnax")
+    world, env, rng = minatar_game(name), gymnax.minatar(name), np.random.default_rng(0)
+    game, minimal = world.env, world.minimal_action_set()
+    assert (env.actions.num, env.obs.shape) == (len(minimal), tuple(world.state_shape()))
+    blank = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), jax.jit(env.reset)(jax.random.key(0)))
+    steps, actions, seen = [], [], []
+    while len(seen) < 1500:
+        if name == "space_invaders" and rng.random() < 0.02:
+            game.alien_map[tuple(np.argwhere(game.alien_map)[1:].T)] = 0  # soon a new wave
+        if name == "breakout" and rng.random() < 0.02:
+            game.brick_map[:, : rng.integers(11)] = 0
+        before, spawns = inject(game, blank.inner.state), name == "asterix" and game.spawn_timer == 0
+        action = int(PLAYERS[name](game, rng))
+        reward, over = world.act(minimal[action])
+        if not spawns:
+            steps.append(before)
+            actions.append(action)
+            seen.append((world.state(), reward, over))
+        if over:
+            world.reset()
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *steps)
+    run = jax.jit(
+        jax.vmap(lambda inner, action: env.step(blank._replace(inner=blank.inner._replace(state=inner)), action))
+    )
+    states = run(stacked, np.array(actions))
+    obs, reward, over = (np.array(column) for column in zip(*seen, strict=True))
+    drawn = (name == "freeway") & (reward > 0)  # other cars
+    np.testing.assert_array_equal(states.obs[~drawn], obs[~drawn])
+    np.testing.assert_array_equal(states.reward, reward)
+    np.testing.assert_array_equal(states.terminated, over)
+    assert reward.sum() > 5  # the play is worth comparing
+    assert over.sum() > 2 or name == "freeway"
+
+
+@pytest.mark.oracle
+def test_gymnaxs_limits_truncate():
+    pytest.importorskip("gymnax")
+    env = gymnax.minatar("freeway", episode_length=7)
+    states = trajectory(env.reset, env.step, jnp.zeros(9, jnp.int32))(jax.random.key(0))
+    np.testing.assert_array_equal(states.truncated, np.arange(1, 10) >= 7)
+    assert not states.terminated.any()
+    frame = env.render(jax.tree.map(lambda x: x[0], states))
+    assert (frame.dtype, frame.shape) == (np.uint8, (240, 240, 3))
+    assert len(np.unique(frame.reshape(-1, 3), axis=0)) > 3
+    catch = gymnax.make("Catch-bsuite")
+    states = trajectory(catch.reset, catch.step, jnp.ones(9, jnp.int32))(jax.random.key(0))
+    np.testing.assert_array_equal(np.flatnonzero(states.terminated)[:1], [8])  # the ball falls through nine rows
+
+
+@pytest.mark.oracle
+def test_sticky_actions_repeat_the_one_before():
+    """A paddle that is told to go right, and then left, ten thousand times."""
+    pytest.importorskip("gymnax")
+    env = gymnax.minatar("breakout", sticky=0.25)
+    first = jax.jit(env.reset)(jax.random.key(0))
+    held = first._replace(inner=first.inner._replace(action=jnp.int32(2)))
+    keys = jax.random.split(jax.random.key(1), 10_000)
+    run = jax.jit(jax.vmap(lambda key: env.step(held._replace(inner=held.inner._replace(key=key)), jnp.int32(1))))
+    states = run(keys)
+    stuck = np.asarray(states.obs[:, 9, 5, 0] == 1)
+    assert abs(stuck.mean() - 0.25) < 0.02
+    np.testing.assert_array_equal(states.inner.action, np.where(stuck, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (gymnax.minatar, ("brekout",), "MinAtar has no 'brekout': did you mean 'breakout'?"),
+        (gymnax.minatar, ("breakout", 1.5), "actions stick with probability 1.5: choose one within [0, 1]"),
+        (gymnax.make, ("Cach-bsuite",), "gymnax has no 'Cach-bsuite': did you mean 'Catch-bsuite'?"),
+    ],
+)
+def test_what_gymnax_does_not_know_is_one_line(make, arguments, message):
+    pytest.importorskip("gymnax")
+    with pytest.raises(UserError) as caught:
+        make(*arguments)
+    assert str(caught.value) == message

@@ -5,7 +5,7 @@ With `dueling` the last layers are two, a value's and the advantages' (Wang et a
     q(x, a) = v(x) + A(x, a) - mean_b A(x, b).
 
 Convolutions are written twice: inside the body of a loop, which is where agents live, XLA runs those gradients on one
-of a CPU's threads, about fifteen times slower than outside.  There they are slices, side by side, and one product.
+of a CPU's threads, up to thirteen times slower than outside.  There they are slices, side by side, and one product.
 """
 
 import flax.linen as nn

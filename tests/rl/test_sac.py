@@ -122,6 +122,17 @@ def test_targets_are_the_smaller_twin_and_follow():
     np.testing.assert_allclose(new.target, [0.9 * 5 + 0.1 * y, 0.9 * -7 + 0.1 * y], rtol=1e-5)
 
 
+def test_the_policy_climbs_the_smaller_twin_and_no_target():
+    """Twins u and -2 u at u = tanh(1): a step of 1 moves the mean by -2 du/dx = -2 (1 - tanh(1)^2)."""
+    slope = Network(lambda key: jnp.zeros(()), lambda params, x: params * x[:, -1:])
+    agent = sac(free(2), slope, Actions(shape=(1,)), optax.sgd(1.0), alpha=1e-8)
+    state = agent.init(jax.random.key(0))
+    params = {"policy": jnp.array([1.0, -6.0]), "critics": jnp.array([1.0, -2.0])}
+    state = state._replace(params=state.params | params, target=jnp.array([50.0, -70.0]))
+    new, _ = jax.jit(agent.update)(state, batch_of(jnp.zeros((64, 1)), jnp.ones(64), 0.9), jax.random.key(0))
+    assert float(new.params["policy"][0]) == pytest.approx(1 - 2 * (1 - np.tanh(1) ** 2), abs=0.01)
+
+
 def test_actions_are_uniform_until_there_is_something_to_follow():
     actions = Actions(shape=(1,), low=-2.0, high=4.0)
     agent = sac(free(2), parabola(), actions, optax.sgd(0.1))

@@ -50,7 +50,8 @@ def dqn(
         target_every, tau: after so many updates the target parameters move by this share of their distance; 10,000 and
             1 in the paper.
         double: see above.
-        huber: the loss is linear for errors above 1, else quadratic everywhere.
+        huber: the loss is linear for errors above 1, else quadratic everywhere.  Robust is also deaf to what is rare
+            and large, such as the fall that ends a return of 500: scale such rewards down, or leave it out.
 
     Raises:
         UserError: actions that are not numbered, target_every below 1.
@@ -85,7 +86,7 @@ def dqn(
         ahead = network.apply(target, batch.next_obs)
         chooser = network.apply(params, batch.next_obs) if double else ahead
         y = batch.reward + batch.info["discount"] * _at(ahead, jnp.argmax(chooser, axis=-1))
-        return jax.lax.stop_gradient(y) - q, q
+        return y - q, q  # an argmax has no gradient, and target is not differentiated
 
     def loss(params: Any, target: Any, batch: Transition) -> tuple[Array, tuple[Array, Array]]:
         error, q = errors(params, target, batch)

@@ -59,9 +59,10 @@ def against_brax(repeats: int) -> None:
     import jax
     import jax.numpy as jnp
 
-    jax.device_put_replicated = lambda tree, devices: jax.tree.map(  # type: ignore[attr-defined]
-        lambda x: jnp.stack([x] * len(devices)), tree
-    )
+    def replicated(tree: Any, devices: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
+
+    vars(jax)["device_put_replicated"] = replicated
     from brax.training.agents.ppo import train as brax_ppo
 
     run, program, state = our_brax()
@@ -156,11 +157,9 @@ def in_turns(programs: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 
 def against_sb3(repeats: int) -> None:
     """The same rollouts (8 x 128), epochs (10), minibatches (4) and networks (64, 64), Adam and clipping."""
-    import gymnasium
     import stable_baselines3 as sb3
 
     run, ours, seconds = cartpole(1)
-    worlds = gymnasium.vector  # noqa: F841 (stable-baselines3 has vectors of its own)
     model = sb3.PPO(
         "MlpPolicy", sb3.common.env_util.make_vec_env("CartPole-v1", 8), n_steps=128, batch_size=256, n_epochs=10,
         learning_rate=1e-3, device="cpu", verbose=0,

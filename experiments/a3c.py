@@ -84,7 +84,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             steps = int(result.state.steps)
             returns = score(result.state, jax.random.fold_in(jax.random.key(config.seed + 1), steps)).episode_return
             recent = [total for _, total in result.episodes[-20:]]
-            told = {"episode_return": np.mean(recent)} if recent else {}
+            told = {"episode_return": float(np.mean(recent))} if recent else {}
             told |= {"staleness": result.staleness.mean, "steps_per_s": result.steps_per_s, **result.metrics}
             writers.scalars(steps, {"env_steps": steps, "eval_return/0": float(returns.mean()), **told})
             checkpoints.save(steps, result.state)
@@ -113,6 +113,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             callback=evaluate,
             every=max(1, run.steps // run.evaluations),
         )
+        checkpoints.wait()  # for the one that may be under way
         if int(result.state.steps) not in checkpoints.steps():
             evaluate(result)
         bar.close()

@@ -4,7 +4,7 @@
     python -m experiments.ppo --preset=pendulum
     python -m experiments.ppo --preset=inverted_pendulum         # Brax: pip install -e '.[envs]'
     python -m experiments.ppo --preset=ant                       # a GPU
-    python -m experiments.ppo --config.world.name=minatar:Breakout-MinAtar --config.run.steps=2000000
+    python -m experiments.ppo --config.world.name=minatar:breakout --config.run.steps=2000000
 
 All seeds train in one program: collecting, learning and many seeds are one jitted scan.  The same command again
 resumes, bit for bit.
@@ -86,7 +86,7 @@ def pendulum() -> Config:
 def breakout() -> Config:
     """MinAtar (Young & Tian, arXiv:1903.03176) from pictures."""
     return Config(
-        world=WorldConfig(name="minatar:Breakout-MinAtar", num=64),
+        world=WorldConfig(name="minatar:breakout", num=64),
         ppo=PPOConfig(unroll=128, epochs=4, minibatches=8, learning_rate=1e-3, entropy=0.01),
         run=RunConfig(steps=2_000_000, seeds=1),
     )

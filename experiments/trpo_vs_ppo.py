@@ -10,6 +10,7 @@ Writes curves.png (a panel for each world), table.md, and a folder for each run.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -78,7 +79,7 @@ def agent(config: Config, env: Environment, name: str) -> Agent:
     policy, value = policies.policy(config.net, env), policies.value(config.net, env)
     distribution = policies.distribution(config.net, env)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(settings.learning_rate, eps=1e-5))
-    returns = {"discount": settings.discount, "lam": settings.lam}
+    returns: dict[str, Any] = {"discount": settings.discount, "lam": settings.lam}
     if name == "trpo":
         made = trpo(
             policy,

@@ -46,7 +46,11 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
 def network(module: nn.Module, env: Environment) -> Network:
     """A flax module on the observations of a vectorised environment."""
     example = jnp.zeros((1, *env.obs.shape[1:]), env.obs.dtype)
-    return Network(lambda key: module.init(key, example), module.apply)
+
+    def apply(params: Any, obs: Any) -> jax.Array:
+        return jnp.asarray(module.apply(params, obs))
+
+    return Network(lambda key: module.init(key, example), apply)
 
 
 def distribution(config: NetConfig, env: Environment) -> Distribution:

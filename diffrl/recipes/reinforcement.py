@@ -243,7 +243,8 @@ def contest(config: Any, run: config_lib.Run, contestants: Mapping[str, Contesta
 
     Writes curves.png, a panel for each world, and table.md.
     """
-    measured, panels = {}, {}
+    measured: dict[str, dict[str, Any]] = {}
+    panels: dict[str, dict[str, Curve]] = {}
     for path, one in contestants.items():
         here = dataclasses.replace(config, world=one.world)
         session = open_session(here, run._replace(workdir=run.workdir / path), one.env, one.agent, one.make_driver)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from diffrl.config import leaf
 from diffrl.errors import UserError, nearest
 from diffrl.rl import classic_control, wrappers
-from diffrl.rl.adapters import brax
+from diffrl.rl.adapters import brax, gymnax
 from diffrl.rl.environment import Environment
 
 OWN: dict[str, Callable[[], Environment]] = {
@@ -15,7 +15,7 @@ OWN: dict[str, Callable[[], Environment]] = {
     "pendulum": classic_control.pendulum,
     "mountain_car": classic_control.mountain_car,
 }
-PREFIXES = ("brax", "playground", "minatar", "gymnax", "gym", "atari")
+PREFIXES = ("brax", "minatar", "gymnax")
 NAMES = f"{', '.join(OWN)}, {', '.join(f'{prefix}:NAME' for prefix in PREFIXES)}"
 
 
@@ -24,7 +24,7 @@ class WorldConfig:
     """What is acted in.
 
     Attributes:
-        name: one of our own, or a library's, as in brax:ant, minatar:Breakout-MinAtar, gym:CartPole-v1, atari:pong.
+        name: one of our own, or a library's, as in brax:ant, minatar:breakout, gymnax:Catch-bsuite.
         episode_length: of brax's worlds; the others know theirs.
     """
 
@@ -46,7 +46,6 @@ def single(config: WorldConfig) -> Environment:
     prefix, colon, rest = config.name.partition(":")
     makers: dict[str, Callable[[], Environment]] = {
         "brax": lambda: brax.make(rest, config.backend, config.episode_length, config.action_repeat),
-        "playground": lambda: playground.make(rest, config.episode_length),
         "gymnax": lambda: gymnax.make(rest),
         "minatar": lambda: gymnax.minatar(rest),
     }
@@ -68,9 +67,6 @@ def vector(config: WorldConfig, num: int, discount: float | None = None, reward_
         discount: of info["discounted_return"], for agents that normalise rewards.
         reward_scale: what the agent's rewards are multiplied with; the reported returns are not.
     """
-    if is_host(config):
-        prefix, _, rest = config.name.partition(":")
-        return host.atari(rest, num) if prefix == "atari" else host.gymnasium_vector(rest, num)
     env = wrappers.monitor(single(config))
     env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
     env = wrappers.discounted_return(env, discount) if discount is not None else env

@@ -1,0 +1,113 @@
+"""The experiments of reinforcement learning as a user runs them, small: pictures, resumed runs, one-line mistakes."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from diffrl import config as config_lib
+from experiments import a2c, a3c, dqn, ppo, reinforce, trpo_vs_ppo
+
+FEW = ["--config.run.seeds=2", "--config.run.episodes=2", "--config.run.final_episodes=2", "--config.run.evaluations=2"]
+ONE = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.world.num=8"]
+TINY = ["--config.net.policy=(8,)", "--config.net.value=(8,)"]
+
+
+def run(experiment, workdir, *flags):
+    config_lib.run(experiment.main, experiment.PRESETS, argv=[f"--workdir={workdir}", *flags])
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+PPO = [*FEW, *ONE, *TINY, "--config.run.steps=1024", "--config.ppo.unroll=16", "--config.ppo.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ppo")
+    run(ppo, workdir, *PPO, "--config.run.keep=9", "--config.ppo.normalise_obs", "--config.ppo.normalise_rewards")
+    return workdir
+
+
+def test_a_run_leaves_what_a_user_looks_for(trained):
+    assert {"config.json", "metrics.jsonl", "curve.png", "results.json", "video.gif", "checkpoints"} <= names(trained)
+    found = json.loads((trained / "results.json").read_text())
+    assert found["env_steps"] == 1024
+    assert len(found["returns"]) == 2
+    assert all(5 < value < 501 for value in found["returns"])
+    with Image.open(trained / "video.gif") as video:
+        assert video.n_frames > 5
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["env_steps"] for row in rows if "eval_return/1" in row] == [0, 512, 1024]
+    assert {"loss", "kl", "entropy", "explained_variance", "episode_return", "samples_per_s"} <= set(rows[2])
+
+
+def test_a_resumed_run_is_the_same_run(trained, tmp_path):
+    """Taken up from its middle, with everything after that lost, it ends in the same numbers."""
+    shutil.copytree(trained, tmp_path / "copy")
+    steps = sorted(int(path.name) for path in (tmp_path / "copy" / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == [4, 8]
+    shutil.rmtree(tmp_path / "copy" / "checkpoints" / "8")
+    before = (trained / "metrics.jsonl").read_text().splitlines()
+    run(ppo, tmp_path / "copy")
+    after = (tmp_path / "copy" / "metrics.jsonl").read_text().splitlines()
+    assert (tmp_path / "copy" / "results.json").read_text() == (trained / "results.json").read_text()
+    timed = ("steps_per_s", "samples_per_s")
+    for a, b in zip(before, after, strict=True):
+        a, b = ({k: v for k, v in json.loads(line).items() if k not in timed} for line in (a, b))
+        assert a == b
+
+
+def test_a2c_and_dqn(tmp_path):
+    run(a2c, tmp_path / "a2c", *FEW, *ONE, *TINY, "--config.run.steps=1024", "--config.world.name=acrobot")
+    assert json.loads((tmp_path / "a2c" / "results.json").read_text())["returns"] == pytest.approx(
+        [-500, -500], abs=500
+    )
+    small = ["--config.run.steps=512", "--config.dqn.start=64", "--config.dqn.updates=1", "--config.dqn.batch=16"]
+    run(dqn, tmp_path / "dqn", *FEW, *ONE, *TINY, *small, "--config.dqn.prioritised", "--config.dqn.buffer=256")
+    assert {"curve.png", "results.json", "video.gif"} <= names(tmp_path / "dqn")
+
+
+def test_contests_end_with_one_plot_and_one_table(tmp_path):
+    flags = [*FEW, *ONE, *TINY, "--config.run.steps=512", "--config.run.video=False"]
+    run(reinforce, tmp_path / "r", *flags, "--config.reinforce.unroll=32")
+    assert {"curves.png", "table.md", "baseline", "plain"} <= names(tmp_path / "r")
+    own = ["--config.contest.worlds=('pendulum',)", "--config.contest.unroll=16", "--config.contest.epochs=1"]
+    run(trpo_vs_ppo, tmp_path / "t", *flags, *own)
+    table = (tmp_path / "t" / "table.md").read_text()
+    assert "pendulum/trpo" in table
+    assert "pendulum/ppo" in table
+
+
+def test_a3c_goes_on(tmp_path):
+    flags = ["--config.run.episodes=2", "--config.run.final_episodes=2", "--config.run.evaluations=2", *TINY]
+    run(a3c, tmp_path, *flags, "--config.run.steps=600", "--config.run.video=False")
+    assert {"curve.png", "staleness.png", "results.json"} <= names(tmp_path)
+    first = json.loads((tmp_path / "results.json").read_text())
+    assert 600 <= first["env_steps"] < 800
+    run(a3c, tmp_path, "--config.run.steps=1200")
+    assert json.loads((tmp_path / "results.json").read_text())["env_steps"] >= 1200
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags", "words"),
+    [
+        (ppo, ["--config.world.name=cartpol"], "did you mean 'cartpole'?"),
+        (ppo, ["--config.world.num=12", "--config.mesh.data=8"], "12 worlds cannot be split over 8 devices"),
+        (ppo, ["--config.run.steps=10", *ONE], "choose at least 1024"),
+        (ppo, ["--config.net.activation=rel"], "did you mean 'relu'?"),
+        (dqn, ["--config.world.name=pendulum", *ONE], "takes vectors"),
+        (dqn, ["--config.dqn.groups=3", *ONE], "groups=3 does not divide 8 worlds"),
+        (trpo_vs_ppo, ["--config.contest.agents=('tpo',)"], "did you mean 'trpo'?"),
+        (a3c, ["--config.run.seeds=3"], "threads run one seed"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, experiment, flags, words):
+    with pytest.raises(SystemExit):
+        run(experiment, tmp_path, *flags)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert words in line

@@ -9,7 +9,7 @@ import pytest
 
 from diffrl.errors import UserError
 from diffrl.rl import classic_control
-from diffrl.rl.adapters import brax, gymnax, host
+from diffrl.rl.adapters import brax, gymnax, host, playground
 
 
 def trajectory(reset, step, actions):
@@ -199,3 +199,29 @@ def test_what_gymnax_does_not_know_is_one_line(make, arguments, message):
     with pytest.raises(UserError) as caught:
         make(*arguments)
     assert str(caught.value) == message
+
+
+@pytest.mark.oracle
+def test_the_control_suite_is_playgrounds():
+    suite = pytest.importorskip("mujoco_playground").dm_control_suite
+    env = playground.make("PendulumSwingup", 12)
+    theirs = suite.load("PendulumSwingup", config_overrides={"impl": "jax"})
+    actions = jax.random.uniform(jax.random.key(1), (15, 1), minval=-1, maxval=1)
+    key = jax.random.key(3)
+    ours = trajectory(env.reset, env.step, actions.at[14].set(jnp.nan))(key)
+    wanted = trajectory(theirs.reset, theirs.step, actions)(key)
+    np.testing.assert_array_equal(ours.obs[:14], wanted.obs[:14])
+    np.testing.assert_array_equal(ours.reward[:14], wanted.reward[:14])
+    np.testing.assert_array_equal(ours.truncated, [False] * 11 + [True] * 3 + [False])
+    np.testing.assert_array_equal(ours.terminated, [False] * 14 + [True])  # what is not a number breaks the world
+    np.testing.assert_array_equal(ours.obs[14], ours.obs[13])
+    assert ours.reward[14] == 0
+    assert env.obs == jax.ShapeDtypeStruct(ours.obs.shape[1:], jnp.float32)
+    assert (env.actions.shape, env.actions.low, env.actions.high) == ((1,), -1, 1)
+
+
+@pytest.mark.oracle
+def test_what_playground_does_not_know_is_one_line():
+    pytest.importorskip("mujoco_playground")
+    with pytest.raises(UserError, match=r"^playground has no 'CheetaRun': did you mean 'CheetahRun'\?$"):
+        playground.make("CheetaRun")

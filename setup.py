@@ -41,8 +41,26 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
         "ode": ["diffrax>=0.7"],  # probability flows to a tolerance instead of in steps
+        # Other libraries' worlds for reinforcement learning.  mujoco has to be as old as mujoco-mjx, and mujoco 4 breaks
+        # the control suite of playground.
+        "envs": [
+            "ale-py>=0.12",
+            "brax>=0.14.2",
+            "gymnasium>=1.2",
+            "gymnax>=1.0.1",
+            "mujoco==3.17.*",
+            "mujoco-mjx==3.17.*",
+            "playground>=0.2",
+        ],
         "dev": ["diffrax>=0.7", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
         # Reference implementations that tests compare with; never imported by the package.
-        "oracles": ["diffusers>=0.30", "gymnasium>=1.2", "rlax>=0.1.6", "safetensors>=0.4", "torch==2.13.*"],
+        "oracles": [
+            "diffusers>=0.30",
+            "gymnasium>=1.2",
+            "minatar>=1.0.15",
+            "rlax>=0.1.6",
+            "safetensors>=0.4",
+            "torch==2.13.*",
+        ],
     },
 )

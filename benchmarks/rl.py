@@ -108,9 +108,8 @@ def table(title: str, steps: int, rows: dict[str, tuple[list[float], float]]) ->
     """Rows of (seconds of each repeat, seconds of compilation); the first is what the others are compared with."""
     import jax
 
-    print(
-        f"\n{title}; {jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} cores, jax {jax.__version__}"
-    )
+    print(f"\n{title}")
+    print(f"{jax.devices()[0].device_kind} x {jax.device_count()}, {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"{'':28}{'steps/s':>12}{'best':>12}{'compile s':>12}{'time/first':>12}")
     middle = {name: sorted(seconds)[len(seconds) // 2] for name, (seconds, _) in rows.items()}
     first = next(iter(middle.values()))
@@ -165,9 +164,11 @@ def against_sb3(repeats: int) -> None:
         learning_rate=1e-3, device="cpu", verbose=0,
     )  # fmt: skip
     steps = 10 * run.env_steps
-    times = in_turns(
-        {"diffrl": ours, "stable-baselines3": lambda: model.learn(steps, reset_num_timesteps=False)}, repeats
-    )
+
+    def theirs() -> None:
+        model.learn(steps, reset_num_timesteps=False)
+
+    times = in_turns({"diffrl": ours, "stable-baselines3": theirs}, repeats)
     table("PPO on CartPole, 8 worlds x 128 steps, 4 minibatches x 10", steps, {
         "diffrl": (times["diffrl"], seconds), "stable-baselines3": (times["stable-baselines3"], 0.0),
     })  # fmt: skip

@@ -37,6 +37,8 @@ class A2CConfig:
     lam: float = leaf(0.95, "lambda of the generalised advantages; 1 is the paper's", at_least=0, at_most=1)
     entropy: float = leaf(0.01, "weight of the entropy", at_least=0)
     value_weight: float = leaf(0.5, at_least=0)
+    # Values of order 10 leave the policy its share of the clipped gradient.
+    reward_scale: float = leaf(0.1, "what rewards are multiplied with", above=0)
 
 
 @dataclasses.dataclass
@@ -65,7 +67,8 @@ def build(config: Config, env: Environment) -> Agent:
 
 
 def main(config: Config, run: config_lib.Run) -> None:
-    env, unroll = worlds.vector(config.world, config.world.num), config.a2c.unroll
+    env = worlds.vector(config.world, config.world.num, reward_scale=config.a2c.reward_scale)
+    unroll = config.a2c.unroll
     session = reinforcement.open_session(
         config, run, env, build(config, env), lambda env, agent, per_shard: on_policy(env, agent, unroll, per_shard)
     )

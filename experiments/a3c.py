@@ -30,7 +30,6 @@ from diffrl.recipes.policies import NetConfig
 from diffrl.recipes.reinforcement import RunConfig
 from diffrl.recipes.worlds import WorldConfig
 from diffrl.rl import evaluation
-from diffrl.rl.adapters import host
 from diffrl.rl.agents import a2c, a3c
 from diffrl.rl.agents.a3c import Result
 from diffrl.rl.asynchronous import RMSProp, Staleness
@@ -91,7 +90,6 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             bar.update(steps - bar.n)
             bar.set_postfix({"return": f"{float(returns.mean()):.1f}", "late by": f"{result.staleness.mean:.2f}"})
 
-        one = worlds.single(config.world)
         objective = functools.partial(
             a2c.loss,
             discount=settings.discount,
@@ -100,7 +98,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             value_weight=settings.value_weight,
         )
         result = a3c.train(
-            lambda _: host.from_environment(one),
+            lambda _: worlds.on_host(config.world),
             network,
             family,
             steps=run.steps,
@@ -164,13 +162,11 @@ def finish(config: Config, workdir: pathlib.Path, result: Result) -> None:
         f"{result.steps_per_s:.0f} steps/s by {config.a3c.workers} workers, gradients late by "
         f"{result.staleness.mean:.2f} updates, at most {result.staleness.max}; everything lies in {workdir}"
     )
-    if config.run.video:
+    if config.run.video and not worlds.is_host(config.world):
         reinforcement.show(config.world, agent, state, workdir, config.seed)
 
 
 def main(config: Config, run: config_lib.Run) -> None:
-    if worlds.is_host(config.world):
-        raise UserError(f"--config.world.name={config.world.name}: choose one of {worlds.NAMES} but gym and atari")
     if config.run.seeds != 1:
         raise UserError(f"--config.run.seeds={config.run.seeds}: threads run one seed; use --config.seed for others")
     result = train(config, run.workdir)

@@ -2,7 +2,7 @@
 
     python -m experiments.dqn                                    # CartPole, five seeds at once: minutes of CPU
     python -m experiments.dqn --preset=breakout                  # MinAtar, from pictures: pip install -e '.[envs]'
-    python -m experiments.dqn --preset=pong                      # Atari on the host, hours
+    python -m experiments.dqn --preset=pong                      # Atari, on the host: hours
     python -m experiments.dqn --config.dqn.double=False --config.dqn.prioritised=False --config.dqn.n_step=1
 
 Worlds, replay buffers and learning are one jitted scan; the buffer lies on the device and in the checkpoints, and the
@@ -35,11 +35,11 @@ from diffrl.train.mesh import MeshConfig, init_distributed
 class DQNConfig:
     """The algorithm; see `diffrl.rl.agents.dqn` and `diffrl.rl.replay`."""
 
-    learning_rate: float = leaf(1e-3, above=0)
+    learning_rate: float = leaf(4e-3, above=0)
     anneal: bool = leaf(True, "the learning rate falls linearly to 0")
-    clip_norm: float = leaf(10.0, "largest norm of a gradient", above=0)
+    clip_norm: float = leaf(1e9, "largest norm of a gradient", above=0)
     discount: float = leaf(0.99, at_least=0, at_most=1)
-    batch: int = leaf(128, "transitions of an update", at_least=1)
+    batch: int = leaf(64, "transitions of an update", at_least=1)
     unroll: int = leaf(1, "steps of each world between rounds of updates", at_least=1)
     updates: int = leaf(4, "updates of a round", at_least=1)
     start: int = leaf(1000, "steps before the first update", at_least=1)
@@ -47,18 +47,19 @@ class DQNConfig:
     epsilon: float = leaf(0.05, "exploration in the end", at_least=0, at_most=1)
     explore: float = leaf(0.2, "share of the updates over which exploration falls from 1", above=0, at_most=1)
     target_every: int = leaf(1, "updates from one change of the target network to the next", at_least=1)
-    tau: float = leaf(0.01, "how far it then goes towards the network", above=0, at_most=1)
+    tau: float = leaf(0.02, "how far it then goes towards the network", above=0, at_most=1)
+    huber: bool = leaf(False, "errors above 1 count linearly; only where rewards are scaled or clipped")
     double: bool = leaf(True, "choose by the network, value by the target (van Hasselt et al., arXiv:1509.06461)")
     dueling: bool = leaf(False, "of pictures: value and advantages apart (Wang et al., arXiv:1511.06581)")
     prioritised: bool = leaf(False, "surprising transitions more often (Schaul et al., arXiv:1511.05952)")
-    n_step: int = leaf(3, "rewards before the bootstrap", at_least=1)
+    n_step: int = leaf(10, "rewards before the bootstrap", at_least=1)
     groups: int = leaf(1, "of worlds with a buffer each; as many devices can share the work", at_least=1)
 
 
 @dataclasses.dataclass
 class Config:
     world: WorldConfig = dataclasses.field(default_factory=lambda: WorldConfig(num=8))
-    net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig((128, 128), activation="relu"))
+    net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig((128, 128)))
     dqn: DQNConfig = dataclasses.field(default_factory=DQNConfig)
     run: RunConfig = dataclasses.field(default_factory=lambda: RunConfig(steps=50_000))
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=-1))
@@ -71,6 +72,9 @@ def breakout() -> Config:
         world=WorldConfig(name="minatar:breakout", num=8),
         dqn=DQNConfig(
             learning_rate=3e-4,
+            huber=True,
+            n_step=3,
+            clip_norm=10.0,
             batch=64,
             updates=2,
             start=5000,
@@ -87,20 +91,22 @@ def breakout() -> Config:
 
 
 def pong() -> Config:
-    """Atari's Pong through ALE, by the host."""
+    """Atari's Pong through ALE, on the host; from -21 it begins to rise after some 300k steps."""
     return Config(
         world=WorldConfig(name="atari:pong", num=8),
         dqn=DQNConfig(
-            learning_rate=1e-4,
+            learning_rate=2e-4,
+            huber=True,
+            n_step=3,
+            clip_norm=10.0,
             batch=32,
             updates=2,
-            start=20_000,
+            start=10_000,
             buffer=100_000,
             epsilon=0.02,
             explore=0.1,
             tau=0.005,
             dueling=True,
-            prioritised=True,
         ),
         run=RunConfig(steps=1_000_000, seeds=1, episodes=4, final_episodes=8),
     )
@@ -126,6 +132,7 @@ def build(config: Config, env: Environment) -> Agent:
         target_every=settings.target_every,
         tau=settings.tau,
         double=settings.double,
+        huber=settings.huber,
     )
 
 

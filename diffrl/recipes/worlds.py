@@ -6,7 +6,8 @@ from collections.abc import Callable
 from diffrl.config import leaf
 from diffrl.errors import UserError, nearest
 from diffrl.rl import classic_control, wrappers
-from diffrl.rl.adapters import brax, gymnax
+from diffrl.rl.adapters import brax, gymnax, host, playground
+from diffrl.rl.adapters.host import HostWorld
 from diffrl.rl.environment import Environment
 
 OWN: dict[str, Callable[[], Environment]] = {
@@ -15,7 +16,7 @@ OWN: dict[str, Callable[[], Environment]] = {
     "pendulum": classic_control.pendulum,
     "mountain_car": classic_control.mountain_car,
 }
-PREFIXES = ("brax", "minatar", "gymnax")
+PREFIXES = ("brax", "playground", "minatar", "gymnax", "gym", "atari")
 NAMES = f"{', '.join(OWN)}, {', '.join(f'{prefix}:NAME' for prefix in PREFIXES)}"
 
 
@@ -24,7 +25,8 @@ class WorldConfig:
     """What is acted in.
 
     Attributes:
-        name: one of our own, or a library's, as in brax:ant, minatar:breakout, gymnax:Catch-bsuite.
+        name: one of our own, or a library's, as in brax:ant, playground:CheetahRun, minatar:breakout,
+            gymnax:Catch-bsuite, gym:LunarLander-v3, atari:pong.
         episode_length: of brax's worlds; the others know theirs.
     """
 
@@ -41,11 +43,20 @@ def is_host(config: WorldConfig) -> bool:
     return config.name.partition(":")[0] in ("gym", "atari")
 
 
+def on_host(config: WorldConfig) -> HostWorld:
+    """One world with a state of its own, for asynchronous workers."""
+    prefix, _, rest = config.name.partition(":")
+    if prefix == "atari":
+        return host.atari_world(rest)
+    return host.gymnasium_world(rest) if prefix == "gym" else host.from_environment(single(config))
+
+
 def single(config: WorldConfig) -> Environment:
     """One world whose episodes end, without automatic resets; raises UserError for an unknown name."""
     prefix, colon, rest = config.name.partition(":")
     makers: dict[str, Callable[[], Environment]] = {
         "brax": lambda: brax.make(rest, config.backend, config.episode_length, config.action_repeat),
+        "playground": lambda: playground.make(rest, config.episode_length),
         "gymnax": lambda: gymnax.make(rest),
         "minatar": lambda: gymnax.minatar(rest),
     }
@@ -67,6 +78,9 @@ def vector(config: WorldConfig, num: int, discount: float | None = None, reward_
         discount: of info["discounted_return"], for agents that normalise rewards.
         reward_scale: what the agent's rewards are multiplied with; the reported returns are not.
     """
+    if is_host(config):
+        prefix, _, rest = config.name.partition(":")
+        return host.atari(rest, num, clip=True) if prefix == "atari" else host.gymnasium_vector(rest, num)
     env = wrappers.monitor(single(config))
     env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
     env = wrappers.discounted_return(env, discount) if discount is not None else env

@@ -7,12 +7,14 @@ import optax
 import pytest
 from agent_cases import corridor, learn, rollout, table
 from jax.flatten_util import ravel_pytree
+from rl_worlds import linear, many, noisy
 
-from diffrl.rl import distributions
+from diffrl.rl import distributions, driver
 from diffrl.rl import dynamic_programming as dp
 from diffrl.rl.agent import Network, Transition
 from diffrl.rl.agents.trpo import fisher, trpo
 from diffrl.rl.environment import Actions
+from diffrl.rl.on_policy import on_policy
 
 DISTRIBUTIONS = {"categorical": distributions.categorical(3), "normal": distributions.normal(Actions(shape=(1,)))}
 OBS = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4, 2)), jnp.float32)
@@ -170,3 +172,19 @@ def test_it_walks_down_a_corridor_and_knows_how_far_it_is():
     exact = dp.evaluate(corridor(), policy, 0.9)
     np.testing.assert_allclose(state.params["value"][:5, 0], exact[:5], atol=0.2)
     assert float(metrics["kl"].max()) <= 0.01
+
+
+def test_seeds_side_by_side_learn_as_alone():
+    """vmap over seeds within a scan: a loop that looks at its residual was compiled wrongly there."""
+    dist = distributions.categorical(3)
+    agent = trpo(linear(3, 2), linear(1, 2), dist, optax.adam(0.01), value_minibatches=1)
+    one = on_policy(many(noisy(), 8), agent, 16)
+    two = driver.seeds(one, 2)
+    population, told = jax.jit(lambda key: driver.repeat(two.step, 6)(two.init(key), None))(jax.random.key(0))
+    alone, _ = jax.jit(lambda key: driver.repeat(one.step, 6)(one.init(key), None))(
+        jax.random.fold_in(jax.random.key(0), 0)
+    )
+    assert (told["step_fraction"] > 0).mean() > 0.8
+    np.testing.assert_allclose(
+        population.agent.params["policy"]["w"][0], alone.agent.params["policy"]["w"], rtol=2e-2, atol=2e-3
+    )

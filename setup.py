@@ -41,8 +41,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
         "ode": ["diffrax>=0.7"],  # probability flows to a tolerance instead of in steps
-        # Other libraries' worlds for reinforcement learning.  mujoco has to be as old as mujoco-mjx, and mujoco 4 breaks
-        # the control suite of playground.
+        # Other libraries' worlds for reinforcement learning.  mujoco has to be of mujoco-mjx's age, and mujoco 4 breaks
+        # playground's control suite.  gymnax asks for jax < 0.12, though it runs with 0.12 too.  playground brings warp
+        # along, 400 MB.
         "envs": [
             "ale-py>=0.12",
             "brax>=0.14.2",

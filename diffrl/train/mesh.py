@@ -263,6 +263,8 @@ def _along(axis):
 
 
 def _run_sharding(mesh, axes):
+    if batch_parts(mesh) == 1:  # worlds of the host have a state without axes
+        return NamedSharding(mesh, P())
     return jax.tree.map(lambda axis: NamedSharding(mesh, _along(axis)), axes, is_leaf=lambda axis: axis is None)
 
 

@@ -1,0 +1,108 @@
+"""A3C: one worker against A2C's loss and optax's RMSProp, the staleness of many, errors that end it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from rl_worlds import linear_critic, noisy
+
+from diffrl.errors import UserError
+from diffrl.rl import distributions, wrappers
+from diffrl.rl.adapters import host
+from diffrl.rl.agents import a2c, a3c
+from diffrl.rl.asynchronous import RMSProp, Shared
+
+NETWORK, FAMILY = linear_critic(3, 2), distributions.categorical(3)
+ENV = wrappers.time_limit(noisy(), 20)
+
+
+def train(**options):
+    options = {"steps": 320, "unroll": 8, "workers": 1} | options
+    make = options.pop("make_world", lambda _: host.from_environment(ENV))
+    return a3c.train(make, NETWORK, FAMILY, **options)
+
+
+def test_shared_rmsprop_is_optax():
+    """In place and by hand, against the library's transformation."""
+    optimizer = RMSProp(learning_rate=0.01, anneal=False, clip_norm=0.5)
+    rng = np.random.default_rng(0)
+    params = rng.normal(size=7).astype(np.float32)
+    shared = Shared(params, np.zeros(7, np.float32), 1)
+    theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(0.01, 0.99, 1e-5, eps_in_sqrt=True))
+    state, expected = theirs.init(params), jnp.asarray(params)
+    for _ in range(5):
+        gradient = rng.normal(size=7).astype(np.float32)
+        updates, state = theirs.update(jnp.asarray(gradient), state)
+        expected = optax.apply_updates(expected, updates)
+        shared.apply(0, gradient, optimizer.rate(0.3), optimizer, 1, shared.updates)
+    np.testing.assert_allclose(shared.params, expected, rtol=1e-5)
+    assert RMSProp(0.01).rate(0.25) == pytest.approx(0.0075)
+
+
+def test_one_worker_repeats_itself_and_is_never_late():
+    first, second = train(), train()
+    for a, b in zip(jax.tree.leaves(first.state), jax.tree.leaves(second.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert first.episodes == second.episodes
+    assert first.staleness.max == 0
+    assert (int(first.state.steps), int(first.state.updates)) == (320, 40)
+    other = train(seed=1)
+    assert not np.allclose(other.state.params["policy"]["w"], first.state.params["policy"]["w"])
+
+
+def test_its_gradient_is_a2cs():
+    """The first update of a worker, from the rollout that it saw, by a2c.loss and optax."""
+    seen = []
+
+    def objective(params, rollout, network, distribution):
+        jax.debug.callback(lambda *x: seen.append(x), params, rollout)
+        return a2c.loss(params, rollout, network, distribution)
+
+    found = train(steps=8, objective=objective, optimizer=RMSProp(anneal=False))
+    jax.effects_barrier()
+    params, rollout = seen[-1]
+    grads = jax.grad(lambda p: a2c.loss(p, rollout, NETWORK, FAMILY)[0])(params)
+    theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1e-3, 0.99, 1e-5, eps_in_sqrt=True))
+    expected = optax.apply_updates(params, theirs.update(grads, theirs.init(params))[0])
+    for a, b in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_workers_are_late_and_none_is_lost():
+    found = train(workers=4, steps=1600)
+    histogram = found.staleness.histogram
+    assert histogram.sum() == int(found.state.updates) == int(found.state.steps) // 8
+    assert found.staleness.max >= 1
+    assert found.staleness.mean == pytest.approx(np.average(np.arange(len(histogram)), weights=histogram))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.state.params))
+
+
+def test_goes_on_from_a_state_and_stops_when_told():
+    first = train(steps=160)
+    second = train(steps=320, start=first.state)
+    assert (int(second.state.steps), int(second.state.updates)) == (320, 40)
+    stopped = train(steps=10**7, callback=lambda result: True, every=100)
+    assert 100 <= int(stopped.state.steps) < 10**6
+
+
+def test_an_error_in_a_worker_ends_the_run():
+    class Broken:
+        name, actions, obs = ENV.name, ENV.actions, ENV.obs
+
+        def __init__(self):
+            self.inner, self.left = host.from_environment(ENV), 50
+
+        def reset(self, seed=None):
+            return self.inner.reset(seed)
+
+        def step(self, action):
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError("the simulator has crashed")
+            return self.inner.step(action)
+
+    with pytest.raises(ValueError, match="the simulator has crashed"):
+        train(workers=2, steps=10**7, make_world=lambda i: Broken() if i else host.from_environment(ENV))
+    with pytest.raises(UserError, match="workers=0"):
+        train(workers=0)

@@ -70,7 +70,7 @@ def against_brax(repeats: int) -> None:
 
     def ours() -> None:
         nonlocal state
-        state, told = program(state)
+        state, told = program(state, None)
         jax.block_until_ready(told)
 
     mine: list[float] = []
@@ -213,7 +213,7 @@ def parts(repeats: int) -> None:
 
     def step() -> None:
         nonlocal state
-        state, told = whole(state)
+        state, told = whole(state, None)
         jax.block_until_ready(told)
 
     timed: dict[str, Callable[[], None]] = {"whole step": step}

@@ -186,6 +186,27 @@ def test_sticky_actions_repeat_the_one_before():
     np.testing.assert_array_equal(states.inner.action, np.where(stuck, 2, 1))
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("ramping", [False, True])
+def test_games_get_harder_where_they_should(ramping):
+    """Invaders that have lost a wave move every 11 instead of 12 frames; Asterix' enemies come more often in time."""
+    pytest.importorskip("gymnax")
+
+    def after(name, **changes):
+        env = gymnax.minatar(name, ramping=ramping)
+
+        @jax.jit
+        def run(key, changes):
+            first = env.reset(key)
+            changed = first.inner.state.replace(**changes)
+            return env.step(first._replace(inner=first.inner._replace(state=changed)), jnp.int32(0)).inner.state
+
+        return run(jax.random.key(0), changes)
+
+    assert after("space_invaders", alien_map=jnp.zeros((10, 10))).enemy_move_interval == (11 if ramping else 12)
+    assert after("asterix", ramp_timer=jnp.int32(-1)).spawn_speed == (9 if ramping else 10)
+
+
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [

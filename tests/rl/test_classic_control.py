@@ -118,7 +118,8 @@ def steps_agree(name, before, actions, obs, reward, terminated):
 EDGES = [
     ("CartPole-v1", [2.39, 1.0, 0.0, 0.0]),
     ("CartPole-v1", [-2.39, -1.0, 0.0, 0.0]),
-    ("CartPole-v1", [0.0, 0.0, -0.2094, -0.5]),
+    ("CartPole-v1", [0.0, 0.0, -0.2094, -0.01]),  # 12 degrees are 0.20944
+    ("CartPole-v1", [0.0, 0.0, 0.2094, 0.001]),
     ("Acrobot-v1", [3.0, 3.0, 12.0, 25.0]),  # angles beyond pi, speeds beyond their limits
     ("Acrobot-v1", [-3.0, -3.0, -12.0, -28.0]),
     ("Pendulum-v1", [3.1, 7.9]),

@@ -96,6 +96,34 @@ def test_a_world_of_gymnasium_is_gymnasiums():
             ended = terminated or truncated
 
 
+@pytest.mark.oracle
+def test_boxes_are_clipped_and_numbers_start_where_they_start():
+    """A world that shows what it was given."""
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Mirror(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-9, 9, (1,), np.float64)
+
+        def __init__(self, space):
+            self.action_space = space
+
+        def reset(self, seed=None, options=None):
+            return np.zeros(1), {}
+
+        def step(self, action):
+            return np.full(1, action, float), 1.0, True, True, {}
+
+    world = host.gymnasium_world(lambda: Mirror(gymnasium.spaces.Box(-0.5, 2.0, (1,))))
+    assert (world.actions.low, world.actions.high) == (-0.5, 2.0)
+    assert world.reset(0).dtype == np.float32
+    np.testing.assert_array_equal([world.step([a])[0][0] for a in (-3, 1, 3)], [-0.5, 1, 2])
+    assert world.step([0])[1:] == (1.0, True, False)  # never both ends
+    world = host.gymnasium_world(lambda: Mirror(gymnasium.spaces.Discrete(3, start=4)))
+    assert world.step(2)[0][0] == 6
+    with pytest.raises(UserError, match="rescale them to one finite interval first"):
+        host.gymnasium_world(lambda: Mirror(gymnasium.spaces.Box(-np.inf, np.inf, (1,))))
+
+
 def test_a_state_that_the_worlds_have_left_is_told():
     env = host.vector(lambda: host.from_environment(classic_control.pendulum()), 2)
     step, first = jax.jit(env.step), jax.jit(env.reset)(jax.random.key(0))
@@ -172,6 +200,16 @@ def test_atari_is_seen_as_by_dqn():
         if not life_loss:
             np.testing.assert_array_equal(states.info["episode_return"][-1], [rewards.sum()] * 2)
             np.testing.assert_array_equal(last.obs[0], before[0])  # the next game
+
+
+@pytest.mark.oracle
+def test_clipped_rewards_leave_the_points_alone():
+    pytest.importorskip("ale_py")
+    pytest.importorskip("gymnasium")
+    env = host.atari("space_invaders", 2, clip=True)
+    _, rollout = collected(env, lambda obs, keys: jnp.ones(2, jnp.int32), 150)  # who fires hits something
+    np.testing.assert_array_equal(np.unique(rollout.reward), [0, 1])
+    assert rollout.world["episode_return"].max() >= 5 * rollout.reward.sum(0).max() > 5
 
 
 @pytest.mark.oracle

@@ -56,7 +56,7 @@ BROKEN = [
     (experiments_are_leaves, "experiments/a.py", "import experiments.ddpm"),
     (experiments_are_leaves, "experiments/a.py", "from . import ddpm"),
     (experiments_are_leaves, "diffrl/nets/a.py", "from benchmarks import common"),
-    (experiments_are_leaves, "benchmarks/a.py", "from experiments.ddpm import Config"),
+    (experiments_are_leaves, "benchmarks/a.py", "from tests.conftest import CACHE"),
     (packages, "diffrl/train/loop.py", "from absl import flags"),
     (packages, "diffrl/data/a.py", "import absl.flags as f"),
     (packages, "diffrl/config_tree.py", "from ml_collections import config_flags"),

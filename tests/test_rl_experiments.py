@@ -67,7 +67,17 @@ def test_a2c_and_dqn(tmp_path):
         [-500, -500], abs=500
     )
     small = ["--config.run.steps=512", "--config.dqn.start=64", "--config.dqn.updates=1", "--config.dqn.batch=16"]
-    run(dqn, tmp_path / "dqn", *FEW, *ONE, *TINY, *small, "--config.dqn.prioritised", "--config.dqn.buffer=256")
+    run(
+        dqn,
+        tmp_path / "dqn",
+        *FEW,
+        *ONE,
+        *TINY,
+        *small,
+        "--config.dqn.prioritised",
+        "--config.dqn.buffer=256",
+        "--config.dqn.groups=8",
+    )
     assert {"curve.png", "results.json", "video.gif"} <= names(tmp_path / "dqn")
 
 
@@ -101,6 +111,7 @@ def test_a3c_goes_on(tmp_path):
         (ppo, ["--config.net.activation=rel"], "did you mean 'relu'?"),
         (dqn, ["--config.world.name=pendulum", *ONE], "takes vectors"),
         (dqn, ["--config.dqn.groups=3", *ONE], "groups=3 does not divide 8 worlds"),
+        (dqn, ["--config.dqn.groups=4", *ONE, *FEW], "4 groups of worlds cannot be split over 8 devices"),
         (trpo_vs_ppo, ["--config.contest.agents=('tpo',)"], "did you mean 'trpo'?"),
         (a3c, ["--config.run.seeds=3"], "threads run one seed"),
     ],

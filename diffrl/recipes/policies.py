@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -17,10 +16,10 @@ from diffrl.rl.distributions import Distribution
 from diffrl.rl.environment import Environment
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "tanh": nn.tanh,
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "elu": nn.elu,
+    "tanh": jnp.tanh,
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "elu": jax.nn.elu,
 }
 
 
@@ -30,7 +29,7 @@ class NetConfig:
 
     policy: tuple[int, ...] = leaf((64, 64), "widths of the policy's hidden layers", at_least=1)
     value: tuple[int, ...] = leaf((64, 64), "widths of the value's hidden layers", at_least=1)
-    activation: str = leaf("tanh", ", ".join(ACTIVATIONS))
+    activation: str = leaf("tanh", "tanh, relu, silu, elu")
     orthogonal: bool = leaf(True, "orthogonal kernels, else LeCun's")
     squash: bool = leaf(False, "continuous actions are tanh of a normal, else a clipped normal")
     free_std: bool = leaf(True, "the deviations of continuous actions do not depend on the observation")
@@ -43,7 +42,7 @@ def activation(name: str) -> Callable[[jax.Array], jax.Array]:
     return ACTIVATIONS[name]
 
 
-def network(module: nn.Module, env: Environment) -> Network:
+def network(module: Any, env: Environment) -> Network:
     """A flax module on the observations of a vectorised environment."""
     example = jnp.zeros((1, *env.obs.shape[1:]), env.obs.dtype)
 
@@ -84,7 +83,7 @@ def actor_critic(config: NetConfig, env: Environment) -> ActorCritic:
     return separate(policy(config, env), value(config, env))
 
 
-def torso(env: Environment, outputs: int, dueling: bool = False) -> nn.Module:
+def torso(env: Environment, outputs: int, dueling: bool = False) -> Any:
     """The convolutional network for pictures as large as the environment's."""
     if min(env.obs.shape[1:3]) >= 36:
         return pixels.NatureCNN(outputs, dueling=dueling)

@@ -16,8 +16,10 @@ OWN: dict[str, Callable[[], Environment]] = {
     "pendulum": classic_control.pendulum,
     "mountain_car": classic_control.mountain_car,
 }
-PREFIXES = ("brax", "playground", "minatar", "gymnax", "gym", "atari")
-NAMES = f"{', '.join(OWN)}, {', '.join(f'{prefix}:NAME' for prefix in PREFIXES)}"
+NAMES = (
+    "cartpole, acrobot, pendulum, mountain_car, brax:NAME, playground:NAME, minatar:NAME, gymnax:NAME, gym:NAME, "
+    "atari:NAME"
+)
 
 
 @dataclasses.dataclass

@@ -238,9 +238,19 @@ def per_shard(mesh, size):
         specs = [tuple(_along(axis) for axis in axes) for axes in (in_axes, out_axes)]
         if len(out_axes) == 1:
             specs[1] = specs[1][0]
-        return jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+        mapped = jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
-    return wrap
+        def checked(*arguments):
+            for argument, axis in zip(arguments, in_axes, strict=True):
+                sizes = {leaf.shape[axis] for leaf in jax.tree.leaves(argument)} if axis is not None else set()
+                for part in (part for part in sizes if part % batch_parts(mesh)):
+                    raise UserError(
+                        f"{part} groups of worlds cannot be split over {batch_parts(mesh)} devices: "
+                        f"choose a multiple of {batch_parts(mesh)}"
+                    )
+            return mapped(*arguments)
+
+        return checked
 
 
 def place_run(mesh, run, axes):

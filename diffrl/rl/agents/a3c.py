@@ -119,7 +119,7 @@ def train(
     steps: int,
     workers: int = 2,
     unroll: int = 20,
-    optimizer: RMSProp = RMSProp(),  # noqa: B008 (a tuple of numbers)
+    optimizer: RMSProp | None = None,
     objective: Objective = a2c.loss,
     seed: int = 0,
     start: State | None = None,
@@ -141,6 +141,7 @@ def train(
         UserError: fewer than one worker, step to unroll or step to make.
         Exception: what the first worker to fail has raised; the others are stopped.
     """
+    optimizer = RMSProp() if optimizer is None else optimizer
     for name, value in {"workers": workers, "unroll": unroll, "steps": steps}.items():
         if value < 1:
             raise UserError(f"A3C with {name}={value}: choose at least 1")

@@ -252,6 +252,8 @@ def per_shard(mesh, size):
 
         return checked
 
+    return wrap
+
 
 def place_run(mesh, run, axes):
     """A copy of a run of reinforcement learning, its worlds spread over "data" and "fsdp", the rest replicated.

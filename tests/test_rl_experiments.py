@@ -98,7 +98,7 @@ def test_a3c_goes_on(tmp_path):
     assert {"curve.png", "staleness.png", "results.json"} <= names(tmp_path)
     first = json.loads((tmp_path / "results.json").read_text())
     assert 600 <= first["env_steps"] < 800
-    run(a3c, tmp_path, "--config.run.steps=1200")
+    run(a3c, tmp_path, "--config.run.steps=1200", "--accept_changes")
     assert json.loads((tmp_path / "results.json").read_text())["env_steps"] >= 1200
 
 

@@ -9,10 +9,11 @@ from agent_cases import corridor, learn, rollout, table
 from jax.flatten_util import ravel_pytree
 from rl_worlds import linear, many, noisy
 
+from diffrl.nets.perceptron import Perceptron
 from diffrl.rl import distributions, driver
 from diffrl.rl import dynamic_programming as dp
 from diffrl.rl.agent import Network, Transition
-from diffrl.rl.agents.trpo import fisher, trpo
+from diffrl.rl.agents.trpo import conjugate_gradient, fisher, trpo
 from diffrl.rl.environment import Actions
 from diffrl.rl.on_policy import on_policy
 
@@ -70,6 +71,24 @@ def test_fisher_products_are_those_of_the_matrix(name):
     np.testing.assert_allclose(ours, jax.jit(jax.vmap(expected))(rows).mean(0), atol=2e-5)
     np.testing.assert_allclose(ours, jax.jit(jax.hessian(divergence))(flat), atol=2e-5)
     assert np.linalg.norm(ours) > 0.1
+
+
+def test_conjugate_gradients_of_many_seeds_solve_the_system():
+    """In rollouts as large as real ones, where jax's own `cg` gives NaN on a CPU (see `conjugate_gradient`)."""
+    module, distribution = Perceptron(2), distributions.categorical(2)
+
+    def residual(key):
+        obs = jax.random.normal(key, (256, 8, 4))
+        params = module.init(key, obs[0])
+        outputs, jvp = jax.linearize(lambda p: jax.vmap(lambda x: module.apply(p, x))(obs), params)
+        slope = jax.grad(lambda new: distribution.kl(outputs, new).mean())
+        product = fisher(jvp, jax.linear_transpose(jvp, params), slope, outputs, 0.1)
+        wanted = jax.tree.map(lambda x: jax.random.normal(key, x.shape), params)
+        left = jax.tree.map(jnp.subtract, product(conjugate_gradient(product, wanted, 20)), wanted)
+        return optax.global_norm(left) / optax.global_norm(wanted)
+
+    residuals = jax.jit(jax.vmap(residual))(jax.random.split(jax.random.key(0), 8))
+    np.testing.assert_array_less(residuals, 1e-4)
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.5])
@@ -175,7 +194,7 @@ def test_it_walks_down_a_corridor_and_knows_how_far_it_is():
 
 
 def test_seeds_side_by_side_learn_as_alone():
-    """vmap over seeds within a scan: a loop that looks at its residual was compiled wrongly there."""
+    """A population's first seed, within a scan, and the same run for itself."""
     dist = distributions.categorical(3)
     agent = trpo(linear(3, 2), linear(1, 2), dist, optax.adam(0.01), value_minibatches=1)
     one = on_policy(many(noisy(), 8), agent, 16)

@@ -187,8 +187,8 @@ def fisher(
 def conjugate_gradient(product: Callable[[Any], Any], b: Any, steps: int) -> Any:
     """x with `product`(x) near b, after `steps` iterations from 0 (Hestenes & Stiefel, 1952); trees.
 
-    A fixed number, where jax's own `cg` looks at the residual: seeds side by side would wait for the slowest anyway,
-    and under vmap within a scan, XLA's CPU compiler of jax 0.10 makes wrong code of that loop.
+    A fixed number: seeds side by side would wait for the slowest anyway.  jax's own `cg` begins with the product of a
+    constant 0, and XLA's CPU compiler (jaxlib 0.10.2) makes garbage of that for many seeds of a large rollout.
     """
 
     def add(a: Any, scale: Array, b: Any) -> Any:

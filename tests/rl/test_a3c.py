@@ -1,5 +1,8 @@
 """A3C: one worker against A2C's loss and optax's RMSProp, the staleness of many, errors that end it."""
 
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,9 @@ import pytest
 from rl_worlds import linear_critic, noisy
 
 from diffrl.errors import UserError
-from diffrl.rl import distributions, wrappers
+from diffrl.rl import asynchronous, distributions, wrappers
 from diffrl.rl.adapters import host
+from diffrl.rl.agent import Transition
 from diffrl.rl.agents import a2c, a3c
 from diffrl.rl.asynchronous import RMSProp, Shared
 
@@ -51,22 +55,35 @@ def test_one_worker_repeats_itself_and_is_never_late():
     assert not np.allclose(other.state.params["policy"]["w"], first.state.params["policy"]["w"])
 
 
-def test_its_gradient_is_a2cs():
-    """The first update of a worker, from the rollout that it saw, by a2c.loss and optax."""
-    seen = []
-
-    def objective(params, rollout, network, distribution):
-        jax.debug.callback(lambda *x: seen.append(x), params, rollout)
-        return a2c.loss(params, rollout, network, distribution)
-
-    found = train(steps=8, objective=objective, optimizer=RMSProp(anneal=False))
-    jax.effects_barrier()
-    params, rollout = seen[-1]
-    grads = jax.grad(lambda p: a2c.loss(p, rollout, NETWORK, FAMILY)[0])(params)
-    theirs = optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(1e-3, 0.99, 1e-5, eps_in_sqrt=True))
-    expected = optax.apply_updates(params, theirs.update(grads, theirs.init(params))[0])
-    for a, b in zip(jax.tree.leaves(found.state.params), jax.tree.leaves(expected), strict=True):
+def test_one_worker_is_a_loop_of_a2c_and_rmsprop():
+    """Forty updates in the worker's order, by `a2c.loss` and optax, with only the seed of its stream from A3C."""
+    world, seed = host.from_environment(ENV), a3c.stream(0, 0, 0)
+    rate = optax.linear_schedule(3e-3, 0.0, 40)
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(rate, 0.99, 1e-5, eps_in_sqrt=True))
+    sample = jax.jit(lambda params, obs, key: FAMILY.sample(NETWORK.policy(params, obs[None])[0], key))
+    gradient = jax.jit(jax.grad(lambda params, rollout: a2c.loss(params, rollout, NETWORK, FAMILY)[0]))
+    start = params = NETWORK.init(jax.random.key(0))
+    state, obs, total, episodes = optimizer.init(params), world.reset(seed), 0.0, []
+    for n in range(40):
+        rows = []
+        for t in range(8 * n, 8 * n + 8):
+            action = np.asarray(sample(params, obs, jax.random.fold_in(jax.random.key(seed), t)))
+            after, reward, terminated, truncated = world.step(action)
+            rows.append((obs, action, np.float32(reward), terminated, truncated, after))
+            obs, total = after, total + reward
+            if terminated or truncated:
+                episodes.append((8 * n + 8, total))
+                obs, total = world.reset(), 0.0
+        columns = [np.stack(column)[:, None] for column in zip(*rows, strict=True)]
+        updates, state = optimizer.update(gradient(params, Transition(*columns, {"raw": columns[1]})), state)
+        params = optax.apply_updates(params, updates)
+    found = train(optimizer=RMSProp(3e-3))
+    for a, b, c in zip(*map(jax.tree.leaves, (found.state.params, params, start)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        assert np.abs(a - c).max() > 1e-3
+    assert [steps for steps, _ in found.episodes] == [steps for steps, _ in episodes]
+    np.testing.assert_allclose([r for _, r in found.episodes], [r for _, r in episodes], rtol=1e-5)
+    assert len(episodes) > 10
 
 
 def test_workers_are_late_and_none_is_lost():
@@ -106,3 +123,28 @@ def test_an_error_in_a_worker_ends_the_run():
         train(workers=2, steps=10**7, make_world=lambda i: Broken() if i else host.from_environment(ENV))
     with pytest.raises(UserError, match="workers=0"):
         train(workers=0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_in_the_callback_stops_the_workers(error):
+    def callback(result):
+        raise error("enough")
+
+    before = threading.active_count()
+    with pytest.raises(error, match="enough"):
+        train(workers=2, steps=10**7, callback=callback, every=100)
+    assert threading.active_count() == before
+
+
+def test_a_worker_that_hangs_does_not_hang_the_run():
+    """Its neighbour's error is raised after no more than the patience."""
+    stop, never, began = threading.Event(), threading.Event(), time.monotonic()
+
+    def fail():
+        raise ValueError("the simulator has crashed")
+
+    with pytest.raises(ValueError, match="crashed"):
+        asynchronous.run([never.wait, fail], stop, lambda: None, patience=0.2)
+    assert time.monotonic() - began < 5
+    assert stop.is_set()
+    never.set()

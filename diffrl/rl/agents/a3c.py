@@ -151,9 +151,10 @@ def train(
         (flat, unravel), square = ravel_pytree(before.params), ravel_pytree(before.square)[0]
         shared = Shared(np.asarray(flat), np.asarray(square), workers, int(before.steps), int(before.updates))
         act, gradient = compiled(network, distribution, objective, unravel)
-        actors = [Actor(make_world(i), act, stream(seed, i, int(before.steps))) for i in range(workers)]
-        # Both functions are compiled here, or every thread would.
-        gradient(flat, actors[0].rollout(shared.params, unroll))
+        worlds = [make_world(worker) for worker in range(workers)]
+        # Both functions are compiled here, or every thread would; the world then begins anew.
+        gradient(shared.params, Actor(worlds[0], act, 0).rollout(shared.params, unroll))
+        actors = [Actor(world, act, stream(seed, i, int(before.steps))) for i, world in enumerate(worlds)]
     stop, episodes, recent = threading.Event(), list[tuple[int, float]](), dict[str, Array]()
 
     def work(worker: int) -> None:
@@ -172,7 +173,7 @@ def train(
         params, square = (jax.tree.map(np.asarray, unravel(jax.numpy.array(x))) for x in (shared.params, shared.square))
         state = State(params, square, np.asarray(shared.steps), np.asarray(shared.updates))
         speed = (shared.steps - int(before.steps)) / (time.perf_counter() - began)
-        metrics = {name: float(value) for name, value in recent.items()}
+        metrics = {name: float(value) for name, value in dict(recent).items()}
         return Result(state, list(episodes), shared.staleness(), speed, metrics)
 
     def watch() -> None:

@@ -44,7 +44,8 @@ def categorical(num: int) -> Distribution:
     """The actions 0 ... num - 1; outputs are logits."""
 
     def log_prob(outputs: Array, raw: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(outputs), raw[..., None].astype(jnp.int32), -1)[..., 0]
+        # A sum and no index, whose gradient would be a scatter.
+        return jnp.sum(jnp.where(raw[..., None] == jnp.arange(num), jax.nn.log_softmax(outputs), 0.0), -1)
 
     def kl(p: Array, q: Array) -> Array:
         log_p, log_q = jax.nn.log_softmax(p), jax.nn.log_softmax(q)

@@ -95,14 +95,14 @@ def collect(env: Environment, act: Act, length: int, world: State, keys: Array) 
         keys: [n].
     """
 
-    def body(world: State, t: Array) -> tuple[State, Transition]:
-        action, info = act(world.obs, fold_in(keys, t))
+    def body(world: State, keys: Array) -> tuple[State, Transition]:
+        action, info = act(world.obs, keys)
         new = env.step(world, action)
         told = {name: value for name, value in new.info.items() if name != "final_obs"}
         ends = new.terminated, new.truncated
         return new, Transition(world.obs, action, new.reward, *ends, new.info["final_obs"], info, told)
 
-    return jax.lax.scan(body, world, jnp.arange(length))
+    return jax.lax.scan(body, world, jax.vmap(lambda t: fold_in(keys, t))(jnp.arange(length)))
 
 
 def fold_in(keys: Array, data: Array | int) -> Array:

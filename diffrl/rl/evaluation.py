@@ -17,7 +17,8 @@ class Episodes(NamedTuple):
     """The first episode of each world, [N].
 
     Attributes:
-        episode_return, episode_length: sums over it.
+        episode_return, episode_length: sums over it; the return is the monitor's where there is one, which knows
+            nothing of scaled or clipped rewards.
         done: whether it ended within the limit.
     """
 
@@ -49,7 +50,8 @@ def evaluate(env: Environment, agent: Agent, limit: int, explore: bool = False) 
             action = agent.act(state, world.obs, now)[0] if explore else agent.greedy(state, world.obs)
             new = env.step(world, action)
             counts = ~seen.done
-            total = seen.episode_return + jnp.where(counts, new.reward, 0.0)
+            summed = new.info.get("episode_return", seen.episode_return + new.reward)
+            total = jnp.where(counts, summed, seen.episode_return)
             return t + 1, new, Episodes(total, seen.episode_length + counts, seen.done | new.done)
 
         return jax.lax.while_loop(going, body, start)[2]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrl.nets.perceptron import Perceptron
+from diffrl.nets.perceptron import Perceptron, product
 
 OBS = jax.random.normal(jax.random.key(1), (5, 3, 2))
 
@@ -54,3 +54,35 @@ def test_free_outputs_do_not_look():
     assert y.shape == (5, 5)
     np.testing.assert_array_equal(y[:, 3:], [[1.0, -2.0]] * 5)
     assert np.ptp(y[:, :3], axis=0).min() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 8), (16, 8, 4), (16, 8, 8)], ids=str)
+def test_a_product_and_all_its_derivatives(shape):
+    """Forwards, backwards, twice and side by side, as of x @ w."""
+    rows, inner, columns = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, dx = jax.random.normal(keys[0], (2, 3, rows, inner))
+    w, dw = jax.random.normal(keys[1], (2, 3, inner, columns))
+
+    def all_of_it(multiply):
+        def loss(x, w):
+            return jnp.sum(jnp.sin(multiply(x, w)) ** 2)
+
+        def one(x, w, dx, dw):
+            grad = jax.grad(loss, argnums=(0, 1))
+            return jax.jvp(multiply, (x, w), (dx, dw)), grad(x, w), jax.jvp(grad, (x, w), (dx, dw))
+
+        return jax.jit(jax.vmap(one))(x, w, dx, dw)
+
+    for got, want in zip(jax.tree.leaves(all_of_it(product)), jax.tree.leaves(all_of_it(jnp.matmul)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_only_a_cpu_turns_what_it_multiplies():
+    grad = jax.jit(jax.grad(lambda params, x: jnp.sum(Perceptron(2, (4,)).apply(params, x) ** 2)))
+    params = jax.eval_shape(Perceptron(2, (4,)).init, jax.random.key(0), OBS)
+    turned = {
+        platform: "optimization_barrier" in jax.export.export(grad, platforms=[platform])(params, OBS).mlir_module()
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert turned == {"cpu": True, "cuda": False, "tpu": False}

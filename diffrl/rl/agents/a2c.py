@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from diffrl.rl import minibatches as mb
 from diffrl.rl import policies, returns
 from diffrl.rl.agent import ActorCritic, Agent, Transition
 from diffrl.rl.distributions import Distribution
@@ -49,7 +50,9 @@ def loss(
     """
     outputs, v_tm1 = policies.over_time(network.both)(params, rollout.obs)
     fixed = jax.lax.stop_gradient
-    v_t = fixed(policies.over_time(network.value)(params, rollout.next_obs))
+    steps, worlds = rollout.reward.shape
+    held, groups = fixed(params), mb.number_of_groups(worlds, steps, minibatches=1)
+    v_t = mb.values_after(lambda obs: network.value(held, obs), fixed(v_tm1), rollout, groups)
     discount_t = discount * (1 - rollout.terminated)
     advantage, target = returns.gae(fixed(v_tm1), rollout.reward, discount_t, v_t, rollout.truncated, lam)
     if normalise:

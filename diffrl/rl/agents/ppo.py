@@ -137,10 +137,8 @@ def ppo(
         steps = rollout.reward.shape[0]
         obs, raw, outputs = mb.grouped((rollout.obs, rollout.info["raw"], rollout.info["outputs"]), parts)
 
-        def values(grouped: Any) -> Array:
-            return mb.ungrouped(network.value(params, mb.flat(grouped)).reshape(parts, -1), steps)
-
-        v_tm1, v_t = values(obs), values(mb.grouped(rollout.next_obs, parts))
+        v_tm1 = mb.ungrouped(network.value(params, mb.flat(obs)).reshape(parts, -1), steps)
+        v_t = mb.values_after(lambda x: network.value(params, x), v_tm1, rollout, parts)
         discount_t = discount * (1 - rollout.terminated)
         advantage, target = returns.gae(v_tm1, rollout.reward, discount_t, v_t, rollout.truncated, lam)
         advantage, target, value = mb.grouped((advantage, target, v_tm1), parts)

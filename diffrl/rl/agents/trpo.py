@@ -150,7 +150,10 @@ def trpo(
         return *carry, errors.mean()
 
     def update(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
-        v_tm1, v_t = (policies.over_time(network.value)(state.params, x) for x in (rollout.obs, rollout.next_obs))
+        v_tm1 = policies.over_time(network.value)(state.params, rollout.obs)
+        steps, worlds = rollout.reward.shape
+        groups = mb.number_of_groups(worlds, steps, minibatches=1)
+        v_t = mb.values_after(lambda obs: network.value(state.params, obs), v_tm1, rollout, groups)
         discount_t = discount * (1 - rollout.terminated)
         advantage, target = returns.gae(v_tm1, rollout.reward, discount_t, v_t, rollout.truncated, lam)
         normal = (advantage - advantage.mean()) / (advantage.std() + 1e-8)

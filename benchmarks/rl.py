@@ -4,6 +4,7 @@ r"""Reinforcement learning against its peers: brax's PPO, stable-baselines3's PP
   python -m benchmarks.rl sb3           # PPO on CartPole, 8 worlds, same sizes and updates
   python -m benchmarks.rl seeds         # 64 seeds in one program against one seed
   python -m benchmarks.rl parts         # where PPO's time goes: physics, inference, update
+  python -m benchmarks.rl returns --robot=hopper --steps=5000000      # what both learn in as many steps
 
 Each prints a table with ratios; ours and the peer's are timed in turns on the same machine in the same run, compilation
 apart.  brax's trainer calls `jax.device_put_replicated`, which jax has dropped: a shim below stands for it.  Needs the
@@ -23,15 +24,63 @@ DEVICES = "--xla_force_host_platform_device_count"
 
 def flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["brax", "sb3", "seeds", "parts"])
+    parser.add_argument("what", choices=["brax", "sb3", "seeds", "parts", "returns"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices")
     parser.add_argument("--num", type=int, default=64, help="seeds of the population")
+    parser.add_argument("--robot", default="inverted_pendulum", help="of `returns`")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="of `returns`, of the environment")
+    parser.add_argument("--seed", type=int, default=1, help="of `returns`")
     return parser.parse_args()
 
 
+# Of brax's own recipes: steps of the windows in which its advantages are computed.
+WINDOWS = {"inverted_pendulum": 5, "reacher": 50, "ant": 5, "humanoid": 10}
+
+
+def brax_sizes(robot: str) -> Any:
+    """The config of `experiments.ppo` with brax's own recipe, whose sizes are those of its published notebook."""
+    from experiments import ppo
+
+    if robot == "inverted_pendulum":
+        return ppo.brax(robot, 2_000_000)
+    made = ppo.PRESETS.get(robot)
+    if made is None or not made().world.name.startswith("brax:"):
+        robots = [name for name, made in ppo.PRESETS.items() if made().world.name.startswith("brax:")]
+        raise SystemExit(f"error: --robot={robot}: choose from {', '.join(robots)}")
+    return made()
+
+
+def brax_arguments(robot: str) -> dict[str, Any]:
+    """The same recipe as arguments of brax's trainer."""
+    config = brax_sizes(robot)
+    settings, num = config.ppo, config.world.num
+    window = WINDOWS.get(robot, 20)
+    return {
+        "episode_length": config.world.episode_length, "action_repeat": config.world.action_repeat,
+        "reward_scaling": settings.reward_scale, "normalize_observations": settings.normalise_obs,
+        "unroll_length": window, "num_minibatches": settings.minibatches, "num_updates_per_batch": settings.epochs,
+        "discounting": settings.discount, "learning_rate": settings.learning_rate, "entropy_cost": settings.entropy,
+        "num_envs": num, "batch_size": num * settings.unroll // window // settings.minibatches,
+    }  # fmt: skip
+
+
+def brax_trainer() -> Any:
+    """brax's module, with what jax has dropped put back."""
+    import jax
+    import jax.numpy as jnp
+
+    def replicated(tree: Any, devices: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
+
+    vars(jax)["device_put_replicated"] = replicated
+    from brax.training.agents.ppo import train
+
+    return train
+
+
 def our_brax() -> tuple[Any, Any, Any]:
-    """(driver, compiled step, a run) of `experiments.ppo --preset=inverted_pendulum`."""
+    """(driver, compiled step, a run) of PPO on inverted_pendulum in brax's own sizes."""
     import jax
 
     from diffrl.recipes import worlds
@@ -40,7 +89,7 @@ def our_brax() -> tuple[Any, Any, Any]:
     from diffrl.train import mesh
     from experiments import ppo
 
-    config = ppo.inverted_pendulum()
+    config = brax_sizes("inverted_pendulum")
     env = worlds.vector(config.world, config.world.num, None, config.ppo.reward_scale)
     grid = mesh.make_mesh()
     run = on_policy(env, ppo.build(config, env), config.ppo.unroll, mesh.per_shard(grid, config.world.num))
@@ -57,14 +106,8 @@ def compiled(program: Any, *arguments: Any) -> tuple[Any, float]:
 def against_brax(repeats: int) -> None:
     """Both trainers in turns: one call of brax's `training_epoch` of one training step, and one of our steps."""
     import jax
-    import jax.numpy as jnp
 
-    def replicated(tree: Any, devices: Any) -> Any:
-        return jax.tree.map(lambda x: jnp.stack([x] * len(devices)), tree)
-
-    vars(jax)["device_put_replicated"] = replicated
-    from brax.training.agents.ppo import train as brax_ppo
-
+    brax_ppo = brax_trainer()
     run, program, state = our_brax()
     program, ours_compile = compiled(program, state, None)
 
@@ -93,15 +136,52 @@ def against_brax(repeats: int) -> None:
     steps = run.env_steps
     brax_ppo.train(
         adapter._robot("inverted_pendulum", "spring"),
-        num_timesteps=steps * (repeats + 1), num_evals=repeats + 2, reward_scaling=10, episode_length=1000,
-        normalize_observations=True, action_repeat=1, unroll_length=5, num_minibatches=32, num_updates_per_batch=4,
-        discounting=0.97, learning_rate=3e-4, entropy_cost=1e-2, num_envs=2048, batch_size=1024, seed=1,
-        run_evals=False, progress_fn=progress,
+        num_timesteps=steps * (repeats + 1), num_evals=repeats + 2, seed=1, run_evals=False, progress_fn=progress,
+        **brax_arguments("inverted_pendulum"),
     )  # fmt: skip
     their_compile = theirs[0] - sorted(theirs[1:])[len(theirs[1:]) // 2]
     table("PPO on brax's inverted_pendulum, 2048 worlds, 32 minibatches x 4", steps, {
         "diffrl": (mine[1:], ours_compile), "brax": (theirs[1:], their_compile),
     })  # fmt: skip
+
+
+def returns(robot: str, steps: int, seed: int, points: int = 8) -> None:
+    """What both trainers have learned after as many steps: the mean return of the mode's 128 episodes."""
+    import jax
+
+    from diffrl.recipes import worlds
+    from diffrl.rl import driver, evaluation
+    from diffrl.rl.adapters import brax as adapter
+    from diffrl.rl.on_policy import on_policy
+    from experiments import ppo
+
+    config = brax_sizes(robot)
+    env = worlds.vector(config.world, config.world.num, None, config.ppo.reward_scale)
+    agent = ppo.build(config, env)
+    run = on_policy(env, agent, config.ppo.unroll)
+    repeat = config.world.action_repeat
+    each = max(1, steps // (run.env_steps * repeat * points))
+    score = jax.jit(evaluation.evaluate(worlds.vector(config.world, 128), agent, 10**9))
+    state, step = jax.jit(run.init)(jax.random.key(seed)), jax.jit(driver.repeat(run.step, each), donate_argnums=0)
+    start, done = time.perf_counter(), 0
+    while True:
+        found = float(score(state.agent, jax.random.key(seed + 1)).episode_return.mean())
+        print(f"diffrl {done:12,} steps {found:10.1f} {time.perf_counter() - start:8.0f} s", flush=True)
+        if done >= steps:
+            break
+        state, _ = step(state, None)
+        done += each * run.env_steps * repeat
+    start = time.perf_counter()
+
+    def progress(done: int, metrics: dict[str, Any]) -> None:
+        found = float(metrics["eval/episode_reward"])
+        print(f"brax   {done:12,} steps {found:10.1f} {time.perf_counter() - start:8.0f} s", flush=True)
+
+    evaluations = max(2, -(-steps // (each * run.env_steps * repeat)) + 1)
+    brax_trainer().train(
+        adapter._robot(robot, config.world.backend), num_timesteps=done, num_evals=evaluations, seed=seed,
+        deterministic_eval=True, progress_fn=progress, **brax_arguments(robot),
+    )  # fmt: skip
 
 
 def table(title: str, steps: int, rows: dict[str, tuple[list[float], float]]) -> None:
@@ -193,7 +273,7 @@ def parts(repeats: int) -> None:
     from diffrl.rl import driver
     from experiments import ppo
 
-    config = ppo.inverted_pendulum()
+    config = brax_sizes("inverted_pendulum")
     env = worlds.vector(config.world, config.world.num, None, config.ppo.reward_scale)
     agent, unroll = ppo.build(config, env), config.ppo.unroll
     run, whole, state = our_brax()
@@ -234,6 +314,7 @@ def main() -> None:
         "sb3": lambda: against_sb3(chosen.repeats),
         "seeds": lambda: many_seeds(chosen.repeats, chosen.num),
         "parts": lambda: parts(chosen.repeats),
+        "returns": lambda: returns(chosen.robot, chosen.steps, chosen.seed),
     }
     measure[chosen.what]()
 

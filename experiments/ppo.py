@@ -111,8 +111,9 @@ def brax(name: str, steps: int, **changes: Any) -> Config:
 
 
 def inverted_pendulum() -> Config:
-    """1000, the most there is, in about a minute of two cores."""
-    return brax("inverted_pendulum", 2_000_000)
+    """1000, the most there is, after half a million steps; with brax's discount of 0.97 the cart drifts off unseen."""
+    smaller: dict[str, Any] = {"num": 256, "unroll": 40, "minibatches": 16}
+    return brax("inverted_pendulum", 1_000_000, anneal=True, entropy=1e-3, discount=0.99, reward_scale=0.1, **smaller)
 
 
 def reacher() -> Config:

@@ -81,10 +81,23 @@ def vector(config: WorldConfig, num: int, discount: float | None = None, reward_
         reward_scale: what the agent's rewards are multiplied with; the reported returns are not.
     """
     if is_host(config):
-        prefix, _, rest = config.name.partition(":")
-        return host.atari(rest, num, clip=True) if prefix == "atari" else host.gymnasium_vector(rest, num)
+        return _host_vector(config, num, discount, reward_scale)
     env = wrappers.monitor(single(config))
     env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
     env = wrappers.discounted_return(env, discount) if discount is not None else env
     # A simulator's reset costs as much as many steps, and lanes of a batch cannot branch around it.
     return wrappers.vectorize(wrappers.autoreset(env, keep_first=config.name.startswith(("brax:", "playground:"))), num)
+
+
+def _host_vector(config: WorldConfig, num: int, discount: float | None, reward_scale: float) -> Environment:
+    """Worlds of the host; raises UserError for what only pure worlds can be wrapped in."""
+    if discount is not None:
+        raise UserError(f"rewards of {config.name}, which runs on the host, cannot be normalised: scale them instead")
+    for flag, value in {"frames": config.frames, "action_repeat": config.action_repeat}.items():
+        if value != 1:
+            raise UserError(
+                f"--config.world.{flag}={value}: {config.name} runs on the host and has frames of its own; choose 1"
+            )
+    prefix, _, rest = config.name.partition(":")
+    env = host.atari(rest, num, clip=True) if prefix == "atari" else host.gymnasium_vector(rest, num)
+    return wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env

@@ -50,6 +50,7 @@ class PPOConfig:
     kl_target: float | None = leaf(None, "nats an update, held by an adaptive penalty; None = none", above=0)
     entropy: float = leaf(0.0, "weight of the entropy", at_least=0)
     value_weight: float = leaf(0.5, at_least=0)
+    refresh: bool = leaf(False, "advantages anew before each epoch")
     reward_scale: float = leaf(1.0, "what rewards are multiplied with", above=0)
     normalise_obs: bool = leaf(False, "observations to mean 0 and deviation 1, as seen so far")
     normalise_rewards: bool = leaf(False, "rewards by the deviation of the discounted return")
@@ -165,6 +166,7 @@ def build(config: Config, env: Environment) -> Agent:
         kl_target=settings.kl_target,
         entropy=settings.entropy,
         value_weight=settings.value_weight,
+        refresh=settings.refresh,
         epochs=settings.epochs,
         minibatches=settings.minibatches,
     )

@@ -60,7 +60,7 @@ def single(config: WorldConfig) -> Environment:
         "brax": lambda: brax.make(rest, config.backend, config.episode_length, config.action_repeat),
         "playground": lambda: playground.make(rest, config.episode_length),
         "gymnax": lambda: gymnax.make(rest),
-        "minatar": lambda: gymnax.minatar(rest),
+        "minatar": lambda: gymnax.minatar(rest, sticky=0.1, ramping=True),  # as its authors measure
     }
     if colon and prefix in makers:
         env = makers[prefix]()

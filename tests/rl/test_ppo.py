@@ -78,6 +78,22 @@ def test_truncation_is_not_termination(world, value):
         assert 1.0 < found < 7.5
 
 
+@pytest.mark.parametrize("refresh", [False, True])
+def test_refreshed_targets_follow_the_values(refresh):
+    """Two epochs of one-step targets 1 + 0.9 v by hand: the second one's from the old v, or from what it has become."""
+    agent = ppo(
+        separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(0.2), value_weight=1.0,
+        discount=0.9, lam=0.0, refresh=refresh, epochs=2, minibatches=1,
+    )  # fmt: skip
+    run = on_policy(many(counting(), 4), agent, 8)
+    start = run.init(jax.random.key(0))
+    params = {**start.agent.params, "value": jnp.array([2.0])}
+    new, _ = jax.jit(run.step)(start._replace(agent=start.agent._replace(params=params)))
+    first = 2.0 + 0.2 * (1 + 0.9 * 2.0 - 2.0)
+    seen = first if refresh else 2.0
+    assert float(new.agent.params["value"][0]) == pytest.approx(first + 0.2 * (1 + 0.9 * seen - first), rel=1e-5)
+
+
 def test_clipping_bounds_the_ratio():
     """Many epochs on one bandit rollout: the clipped policy stops near the bound, the free one runs away."""
     logits, rewards = jnp.zeros(2), jnp.array([1.0, 0.0])

@@ -55,6 +55,7 @@ def ppo(
     entropy: Any = 0.0,
     value_weight: Any = 0.5,
     normalise: bool = True,
+    refresh: bool = False,
     epochs: int = 4,
     minibatches: int = 4,
     groups: int | None = None,
@@ -68,6 +69,8 @@ def ppo(
         kl_target: nats per update; None = no beta.
         entropy, value_weight: c_H and c_V.
         normalise: advantages to mean 0 and deviation 1 within each minibatch.
+        refresh: advantages and targets anew before each epoch, by the values as they are by then, and not only once
+            by those that acted (Andrychowicz et al., arXiv:2006.05990).
         epochs, minibatches: passes over a rollout, and the parts of each.
         groups: of worlds, for shuffling (see `minibatches`); by default as many as fit.
 
@@ -122,7 +125,16 @@ def ppo(
         steps, worlds = rollout.reward.shape
         parts = mb.number_of_groups(worlds, steps, minibatches, groups)
         samples = advantages(state.params, rollout, parts)
-        state, told = mb.scan_epochs(minibatch, state, samples, key, epochs, minibatches)
+
+        def epoch(state: State, key: Array) -> tuple[State, dict[str, Array]]:
+            now = advantages(state.params, rollout, parts)._replace(value=samples.value)
+            state, told = mb.scan_epochs(minibatch, state, now, key, 1, minibatches)
+            return state, jax.tree.map(lambda x: x[0], told)
+
+        if refresh:
+            state, told = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
+        else:
+            state, told = mb.scan_epochs(minibatch, state, samples, key, epochs, minibatches)
         metrics = jax.tree.map(jnp.mean, told)
         metrics["explained_variance"] = 1 - jnp.var(samples.target - samples.value) / (jnp.var(samples.target) + 1e-8)
         if kl_target is not None:
@@ -133,7 +145,7 @@ def ppo(
         return state, metrics
 
     def advantages(params: Any, rollout: Transition, parts: int) -> Samples:
-        """[G, M] of a rollout [T, N], by the parameters that acted."""
+        """[G, M] of a rollout [T, N], by the values of `params`."""
         steps = rollout.reward.shape[0]
         obs, raw, outputs = mb.grouped((rollout.obs, rollout.info["raw"], rollout.info["outputs"]), parts)
 

@@ -1,7 +1,7 @@
 r"""Reinforcement learning against its peers: brax's PPO, stable-baselines3's PPO, and many seeds against one.
 
   python -m benchmarks.rl brax          # PPO on inverted_pendulum (spring): same sizes, same updates
-  python -m benchmarks.rl sb3           # PPO on CartPole, 8 worlds, same sizes and updates
+  python -m benchmarks.rl sb3           # PPO on CartPole, same sizes and updates: 8 worlds, and one as sb3 has it
   python -m benchmarks.rl seeds         # 64 seeds in one program against one seed
   python -m benchmarks.rl parts         # where PPO's time goes: physics, inference, update
   python -m benchmarks.rl returns --robot=hopper --steps=5000000      # what both learn in as many steps
@@ -200,8 +200,10 @@ def table(title: str, steps: int, rows: dict[str, tuple[list[float], float]]) ->
         )
 
 
-def cartpole(seeds: int) -> tuple[Any, Callable[[], None], float]:
-    """(driver, ten updates of `experiments.ppo`'s default, seconds of compilation)."""
+def cartpole(
+    seeds: int, num: int = 8, unroll: int = 128, minibatches: int = 4
+) -> tuple[Any, Callable[[], None], float]:
+    """(driver, ten updates of `experiments.ppo` on CartPole in these sizes, seconds of compilation)."""
     import jax
 
     from diffrl.recipes import worlds
@@ -210,9 +212,10 @@ def cartpole(seeds: int) -> tuple[Any, Callable[[], None], float]:
     from experiments import ppo
 
     config = ppo.Config()
-    env = worlds.vector(config.world, config.world.num)
-    run = on_policy(env, ppo.build(config, env), config.ppo.unroll)
-    run = driver.seeds(run, seeds)
+    config.world.num, config.ppo.unroll, config.ppo.minibatches = num, unroll, minibatches
+    env = worlds.vector(config.world, num)
+    run = on_policy(env, ppo.build(config, env), unroll)
+    run = driver.seeds(run, seeds) if seeds > 1 else run
     state = jax.jit(run.init)(jax.random.key(0))
     program, seconds = compiled(jax.jit(driver.repeat(run.step, 10)), state, None)
 
@@ -235,13 +238,18 @@ def in_turns(programs: dict[str, Callable[[], None]], repeats: int) -> dict[str,
 
 
 def against_sb3(repeats: int) -> None:
-    """The same rollouts (8 x 128), epochs (10), minibatches (4) and networks (64, 64), Adam and clipping."""
+    """The same rollouts, epochs (10), minibatches and networks (64, 64), Adam and clipping."""
+    for num, unroll, minibatches in ((8, 128, 4), (1, 2048, 32)):  # ours, and stable-baselines3's own
+        _against_sb3(repeats, num, unroll, minibatches)
+
+
+def _against_sb3(repeats: int, num: int, unroll: int, minibatches: int) -> None:
     import stable_baselines3 as sb3
 
-    run, ours, seconds = cartpole(1)
+    run, ours, seconds = cartpole(1, num, unroll, minibatches)
     model = sb3.PPO(
-        "MlpPolicy", sb3.common.env_util.make_vec_env("CartPole-v1", 8), n_steps=128, batch_size=256, n_epochs=10,
-        learning_rate=1e-3, device="cpu", verbose=0,
+        "MlpPolicy", sb3.common.env_util.make_vec_env("CartPole-v1", num), n_steps=unroll,
+        batch_size=num * unroll // minibatches, n_epochs=10, learning_rate=1e-3, device="cpu", verbose=0,
     )  # fmt: skip
     steps = 10 * run.env_steps
 
@@ -249,7 +257,7 @@ def against_sb3(repeats: int) -> None:
         model.learn(steps, reset_num_timesteps=False)
 
     times = in_turns({"diffrl": ours, "stable-baselines3": theirs}, repeats)
-    table("PPO on CartPole, 8 worlds x 128 steps, 4 minibatches x 10", steps, {
+    table(f"PPO on CartPole, {num} worlds x {unroll} steps, {minibatches} minibatches x 10", steps, {
         "diffrl": (times["diffrl"], seconds), "stable-baselines3": (times["stable-baselines3"], 0.0),
     })  # fmt: skip
 

@@ -59,24 +59,23 @@ def values_after(value: Callable[[Any], Array], v_tm1: Array, rollout: Any, grou
     needed, known, obs = grouped((needed, known, rollout.next_obs), groups)
     size = needed.shape[1]
     chunk = max(worlds // groups, -(-size // 8))
-    count = needed.sum(axis=1).max()
+    counts = needed.sum(axis=1)
     # Sample i is the rank[i]-th of its group that is needed; what is not goes beyond the end and is dropped.
-    rank = jnp.where(needed, jnp.cumsum(needed, axis=1) - 1, size)
+    rank = jnp.where(needed, jnp.cumsum(needed, axis=1) - 1, size + chunk)
     at = jax.vmap(lambda rank: jnp.zeros(size + chunk, jnp.int32).at[rank].set(jnp.arange(size), mode="drop"))(rank)
 
     def going(carry: tuple[Array, Array]) -> Array:
-        return carry[0] < count
+        return carry[0] < counts.max()
 
     def body(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         done, v_t = carry
         index = jax.lax.dynamic_slice_in_dim(at, done, chunk, axis=1)
         chosen = jax.tree.map(lambda x: jax.vmap(lambda x, i: x[i])(x, index), obs)
         new = value(flat(chosen)).reshape(groups, chunk)
-        within = done + jnp.arange(chunk) < needed.sum(axis=1)[:, None]
-        index = jnp.where(within, index, size)
+        index = jnp.where(done + jnp.arange(chunk) < counts[:, None], index, size)
         return done + chunk, jax.vmap(lambda v, i, new: v.at[i].set(new, mode="drop"))(v_t, index, new)
 
-    return ungrouped(jax.lax.while_loop(going, body, (jnp.zeros((), count.dtype), known))[1], steps)
+    return ungrouped(jax.lax.while_loop(going, body, (jnp.zeros((), counts.dtype), known))[1], steps)
 
 
 def number_of_groups(worlds: int, per_group: int, minibatches: int, groups: int | None = None) -> int:

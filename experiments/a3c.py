@@ -1,6 +1,6 @@
 """Asynchronous advantage actor-critic (Mnih et al., arXiv:1602.01783): threads that share parameters without a lock.
 
-    python -m experiments.a3c                                    # CartPole, two workers: about two minutes of CPU
+    python -m experiments.a3c                                    # CartPole, two workers: 1.5 minutes of CPU
     python -m experiments.a3c --config.a3c.workers=1             # what asynchrony changes
 
 Every worker steps a world of its own on the host, differentiates A2C's loss in a snapshot of the parameters and

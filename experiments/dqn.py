@@ -1,6 +1,6 @@
 """Deep Q-networks (Mnih et al., 2015) with what made them better: double, dueling, prioritised, several steps.
 
-    python -m experiments.dqn                                    # CartPole, five seeds at once: minutes of CPU
+    python -m experiments.dqn                                    # CartPole, five seeds at once: a minute of CPU
     python -m experiments.dqn --preset=breakout                  # MinAtar, from pictures: pip install -e '.[envs]'
     python -m experiments.dqn --preset=pong                      # Atari, on the host: half an hour
     python -m experiments.dqn --config.dqn.double=False --config.dqn.prioritised=False --config.dqn.n_step=1

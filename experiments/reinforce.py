@@ -1,6 +1,6 @@
 """REINFORCE (Williams, 1992): the policy gradient by whole episodes, with and without a learned baseline.
 
-    python -m experiments.reinforce                              # CartPole, five seeds of each: two minutes of CPU
+    python -m experiments.reinforce                              # CartPole, five seeds of each: a minute of CPU
     python -m experiments.reinforce --config.world.name=acrobot --config.run.steps=2000000
 
 A return from here to the end of the episode weighs the log-probability of every action; a baseline, the value of the

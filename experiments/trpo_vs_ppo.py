@@ -1,6 +1,6 @@
 """TRPO against PPO (Schulman et al., arXiv:1502.05477 and arXiv:1707.06347): same worlds, networks, steps and seeds.
 
-    python -m experiments.trpo_vs_ppo                            # CartPole, Acrobot, Pendulum: four minutes of CPU
+    python -m experiments.trpo_vs_ppo                            # CartPole, Acrobot, Pendulum: 3.5 minutes of CPU
     python -m experiments.trpo_vs_ppo --preset=brax              # a GPU: pip install -e '.[envs]'
 
 TRPO solves for the step of the natural gradient that moves the policy by delta nats and searches along it; PPO takes

@@ -162,7 +162,7 @@ def returns(robot: str, steps: int, seed: int, points: int = 8) -> None:
     repeat = config.world.action_repeat
     each = max(1, steps // (run.env_steps * repeat * points))
     score = jax.jit(evaluation.evaluate(worlds.vector(config.world, 128), agent, 10**9))
-    state, step = jax.jit(run.init)(jax.random.key(seed)), jax.jit(driver.repeat(run.step, each), donate_argnums=0)
+    state, step = jax.jit(run.init)(jax.random.key(seed)), jax.jit(driver.repeat(run.step, each))
     start, done = time.perf_counter(), 0
     while True:
         found = float(score(state.agent, jax.random.key(seed + 1)).episode_return.mean())

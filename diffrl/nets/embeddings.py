@@ -85,16 +85,17 @@ class TimeEmbedding(nn.Module):
 class LabelEmbedding(nn.Module):
     """labels [B] in 0 ... num_classes -> [B, features] float32; `num_classes` is the null class of guidance.
 
-    A label out of range gives NaN, so that a wrong data set fails in its first step.
+    A label out of range gives NaN, so that a wrong data set fails in its first step.  std: of the table at first.
     """
 
     num_classes: int
     features: int
+    std: float = 1.0
 
     @nn.compact
     def __call__(self, labels: Array) -> Array:
         rows = (self.num_classes + 1, self.features)
-        table = self.param("table", nn.initializers.normal(1.0), rows)
+        table = self.param("table", nn.initializers.normal(self.std), rows)
         return jnp.take(table, labels, axis=0, mode="fill", fill_value=jnp.nan)
 
 

@@ -1,7 +1,7 @@
 """The rules of the house as functions of source code, by `ast`: what each finds wrong, in words.
 
-1. Folders: `diffusion`, `nets`, `rl`, `data`, `train` and `evaluate` do not know one another; what may know them
-   is in `MAY_IMPORT`.  Nothing imports an experiment.
+1. Folders: `diffusion`, `compression`, `nets`, `rl`, `data`, `train` and `evaluate` do not know one another; what
+   may know them is in `MAY_IMPORT`.  Nothing imports an experiment.
 2. Flags, devices, checkpoints, networks and brax's keys each have their files.
 3. No dispatch on our own types or on strings that name code, and no work at import time.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = ("diffrl", "experiments", "benchmarks")
 
-ROLES = {"diffusion", "nets", "rl", "data", "train", "evaluate"}
+ROLES = {"diffusion", "compression", "nets", "rl", "data", "train", "evaluate"}
 TOPICS = {"planning", "alignment"}
 ANY = ROLES | TOPICS | {"pretrained", "safety", "serve", "recipes", "config", "config_help", "config_tree"}
 FOR_ALL = {"errors", "config_leaf"}  # they import nothing of the house

@@ -72,7 +72,7 @@ class Dropout(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x [B, *spatial, C], emb [B, E] -> [B, *spatial', features].
+    """x [B, *spatial, C], emb [B, E] or None -> [B, *spatial', features]; None: there is nothing to tell.
 
     `resample` (`double`, `halve`) acts on both branches, on the residual one after its first norm.
     """
@@ -86,7 +86,7 @@ class ResidualBlock(nn.Module):
     resample: Callable[[Array], Array] | None = None
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, keys: Array | None) -> Array:
+    def __call__(self, x: Array, emb: Array | None = None, keys: Array | None = None) -> Array:
         h = nn.silu(group_norm(x, self.groups, self.eps, name="norm_0")).astype(self.dtype)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -98,7 +98,9 @@ class ResidualBlock(nn.Module):
             x = nn.Dense(self.features, kernel_init=dense_init, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
-    def _modulated_norm(self, h: Array, emb: Array) -> Array:
+    def _modulated_norm(self, h: Array, emb: Array | None) -> Array:
+        if emb is None:
+            return group_norm(h, self.groups, self.eps, name="norm_1")
         width = 2 * self.features if self.scale_shift else self.features
         emb = nn.Dense(width, kernel_init=dense_init, dtype=self.dtype, name="embedding")(emb)
         emb = emb.reshape(emb.shape[0], *(1,) * (h.ndim - 2), width)

@@ -13,10 +13,10 @@ and is then driven by
 
     python -m experiments.NAME --preset=cifar10 --workdir=DIR --mode=sample --config.optim.learning_rate=3e-4
 
-The first mode makes a run.  Its base is the `--preset` if one is given, else what the workdir has saved, else the
-first preset; flags replace single leaves of it, and `<workdir>/config.json` saves the whole.  A resume with another
-config says what differs and stops, unless the leaf is `free` or `--accept_changes` is given.  The other modes start
-from what the run has saved, and save nothing.
+The first mode makes a run, and so does each of `makers`, in a workdir of its own.  Its base is the `--preset` if one is
+given, else what the workdir has saved, else the first preset; flags replace single leaves of it, and
+`<workdir>/config.json` saves the whole.  A resume with another config says what differs and stops, unless the leaf is
+`free` or `--accept_changes` is given.  The other modes start from what the run has saved, and save nothing.
 
 ml_collections' config_flags reads the values; names, None, the types inside tuples and the limits of leaves are
 checked here, so that every mistake is one line.
@@ -52,7 +52,7 @@ from diffrl.config_tree import (
 )
 from diffrl.errors import UserError
 
-__all__ = ["Run", "differences", "from_dict", "leaf", "leaves", "parse", "read", "run", "to_dict"]
+__all__ = ["Run", "differences", "from_dict", "leaf", "leaves", "parse", "read", "run", "save", "to_dict"]
 
 _ROOM = "make room or choose another --workdir"
 _REMEDIES = {
@@ -80,6 +80,7 @@ def run(
     modes: Sequence[str] = (),
     setup: Callable[[], Any] | None = None,
     argv: Sequence[str] | None = None,
+    makers: Sequence[str] = (),
 ) -> None:
     """The entry point of an experiment: flags -> config -> `main(config, run)`.
 
@@ -87,6 +88,7 @@ def run(
       main: the experiment; its module's docstring opens `--help`, its file's name is in the default workdir.
       presets: name -> function that makes a complete config; the first is the default.
       modes: values of `--mode`; the first makes a run, the others need one.  None: only "train".
+      makers: those of the others that make a run, too.
       setup: called once before the first use of devices (multi-host initialisation).
       argv: arguments without the program's name; those of the process if None.
 
@@ -95,7 +97,7 @@ def run(
         line on stderr.  Any other exception passes with its traceback.
     """
     try:
-        _run(main, presets, modes or ("train",), setup, sys.argv[1:] if argv is None else argv)
+        _run(main, presets, modes or ("train",), setup, sys.argv[1:] if argv is None else argv, makers)
     except UserError as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
@@ -103,25 +105,31 @@ def run(
 
 
 def parse(
-    argv: Sequence[str], presets: Presets, modes: Sequence[str] = ("train",), name: str = "experiment"
+    argv: Sequence[str],
+    presets: Presets,
+    modes: Sequence[str] = ("train",),
+    name: str = "experiment",
+    makers: Sequence[str] = (),
 ) -> tuple[Any, Run, dict[str, str]]:
     """Arguments without the program's name -> (config, run, what differs from the workdir's config.json).
 
     Raises:
-      UserError: for whatever is wrong with the arguments or with the saved file; in the first mode also where
+      UserError: for whatever is wrong with the arguments or with the saved file; in a mode that makes runs also where
         the config differs from the saved one in more than free leaves, and that was not accepted.
     """
     top, rest = _top_flags(argv, presets, modes)
-    workdir = pathlib.Path(os.path.expanduser(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}"))
+    makes = top.mode == modes[0] or top.mode in makers
+    own = f"_{top.mode}" if makes and top.mode != modes[0] else ""
+    workdir = pathlib.Path(os.path.expanduser(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}{own}"))
     saved = read(workdir)
-    if top.mode != modes[0]:
+    if not makes:
         _must_hold_run(workdir, saved, top.preset, modes[0])
 
     preset = top.preset or (saved["preset"] if saved is not None else "")
     if preset not in presets:
         preset = next(iter(presets))
     config = copy.deepcopy(presets[preset]())
-    if saved is not None and (top.preset is None or top.mode != modes[0]):
+    if saved is not None and (top.preset is None or not makes):
         config = from_dict(config, saved["config"])
     for path, text in _overrides(rest, leaves(config)).items():
         config = _override(config, path, text)
@@ -132,7 +140,7 @@ def parse(
     changes = differences(saved["config"], to_dict(config)) if saved is not None else {}
     free = {path for path, leaf in leaves(config).items() if leaf.free}
     grave = "; ".join(f"{path}: {change}" for path, change in changes.items() if path not in free)
-    if grave and top.mode == modes[0] and not top.accept_changes:
+    if grave and makes and not top.accept_changes:
         raise UserError(
             f"{workdir} was made with another config ({grave}): "
             "choose another --workdir, or go on with --accept_changes"
@@ -146,6 +154,7 @@ def _run(
     modes: Sequence[str],
     setup: Callable[[], Any] | None,
     argv: Sequence[str],
+    makers: Sequence[str],
 ) -> None:
     module = sys.modules[main.__module__]
     name = pathlib.Path(module.__file__ or "experiment").stem
@@ -153,7 +162,7 @@ def _run(
     if top.help:
         print(help_text(module.__doc__ or "", name, presets, modes, top.preset or next(iter(presets))))
         return
-    config, started, changes = parse(argv, presets, modes, name)
+    config, started, changes = parse(argv, presets, modes, name, makers)
     flags.FLAGS([name])  # Grain's workers want absl's own flags parsed
     logging.set_verbosity(logging.WARNING)
     # Read before this, written after it: no process of a multi-host run sees what another has just written.
@@ -164,7 +173,7 @@ def _run(
         if jax.process_index() == 0:
             for path, change in changes.items():
                 print(f"config.{path}: {change}", file=sys.stderr)
-            if started.mode == modes[0] and (changes or not started.resumed):
+            if started.mode in (modes[0], *makers) and (changes or not started.resumed):
                 save(started.workdir, started.preset, config)
         main(config, started)
     except OSError as error:

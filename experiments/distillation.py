@@ -40,7 +40,8 @@ from diffrl.evaluate.wasserstein import sliced_wasserstein
 from diffrl.nets.mlp import MLP
 from diffrl.recipes import denoising, images, results
 from diffrl.recipes.denoising import DiffusionConfig
-from diffrl.recipes.images import ImageConfig, Model, UNetConfig
+from diffrl.recipes.images import ImageConfig, Model
+from diffrl.recipes.networks import UNetConfig
 from diffrl.train import loop, mesh, optim, state, step
 from diffrl.train.checkpoint import Checkpoints
 from diffrl.train.optim import OptimConfig

@@ -35,10 +35,12 @@ from diffrl.diffusion.sampling import fold, normal, sample, sample_keys
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, lpips
 from diffrl.pretrained import lpips_alexnet
-from diffrl.recipes import denoising, images, restoration, scores
+from diffrl.recipes import denoising, images, judging, restoration, scores
 from diffrl.recipes import results as results_lib
-from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
+from diffrl.recipes.images import EvalConfig, ImageConfig, Session
+from diffrl.recipes.networks import UNetConfig
 from diffrl.recipes.restoration import RestorationConfig
+from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
@@ -106,9 +108,9 @@ def main(config: Config, run: config_lib.Run) -> None:
             return lpips.measure(apply, weights, a, b)
 
     params = (images.restored_state if config.model else images.train)(session).ema
-    judge = scores.make_judge(session, held_out)
-    bench = Bench(session, params, *scores.spread(held_out, config.count), judge, perceptual)
-    collages = bench._replace(originals=scores.spread(held_out, config.collages)[0])
+    judge = judging.make_judge(session, held_out)
+    bench = Bench(session, params, *judging.spread(held_out, config.count), judge, perceptual)
+    collages = bench._replace(originals=judging.spread(held_out, config.collages)[0])
     results = {
         "restoration": restore_all(config, bench, run.workdir),
         "sdedit": edit_all(config, collages, run.workdir),
@@ -283,7 +285,7 @@ def edit_all(config: Config, bench: Bench, workdir: pathlib.Path) -> list[dict]:
         {"start": name, "distance": float(np.sqrt(((x - collage) ** 2).mean()))} for name, x in rows.items()
     ]
     if bench.judge is not None:
-        features, real = bench.judge.features, scores.moments(bench.judge, bench.session.source)
+        features, real = bench.judge.features, judging.moments(bench.judge, bench.session.source)
         results.append({"start": "held-out images"})
         for result, x in zip(results, [*rows.values(), originals], strict=True):
             result["frechet"] = frechet.frechet_distance(frechet.moments(features, [x]), real)

@@ -41,12 +41,14 @@ from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler
 from diffrl.errors import UserError
 from diffrl.evaluate import grids, plots
-from diffrl.recipes import denoising, fidelity, images, noisy_classifier, scores
+from diffrl.recipes import denoising, fidelity, images, judging, noisy_classifier, scores
 from diffrl.recipes import results as results_lib
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.fidelity import Ruler
-from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
+from diffrl.recipes.images import EvalConfig, ImageConfig, Session
+from diffrl.recipes.networks import UNetConfig
 from diffrl.recipes.noisy_classifier import ClassifierConfig
+from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
@@ -243,7 +245,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     classes = sessions.model.model.num_classes
     if classes is None or config.model.diffusion.learned_variance:
         raise UserError("the methods compare estimates of x_0 given a label: use labelled data and no learned variance")
-    held_out = scores.held_out_source(sessions.model)
+    held_out = judging.held_out_source(sessions.model)
     if held_out is None:
         raise UserError(f"{config.model.data.name} has no {config.model.eval.split!r}: set --config.model.eval.split")
     ruler, real = fidelity.make_ruler(sessions.model, held_out)

@@ -41,10 +41,12 @@ from diffrl.diffusion.sampling import sample, start
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, plots
 from diffrl.evaluate.wasserstein import sliced_wasserstein
-from diffrl.recipes import denoising, images, scores
+from diffrl.recipes import denoising, images, judging, scores
 from diffrl.recipes import results as results_lib
-from diffrl.recipes.images import EvalConfig, ImageConfig, Session, TrainConfig, UNetConfig
+from diffrl.recipes.images import EvalConfig, ImageConfig, Session
+from diffrl.recipes.networks import UNetConfig
 from diffrl.recipes.solvers import Method, SolverConfig, methods, still_at_the_end
+from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import init_distributed
 
 GRIDS = ("linear", "quadratic", "karras", "log_snr")
@@ -167,14 +169,14 @@ def image_session(config: Config, run: config_lib.Run) -> Session:
 
 def image_problem(config: Config, session: Session) -> Problem:
     """The model's images, by class where it can; not guided and not clipped: the flow is the network's own."""
-    held_out = scores.held_out_source(session)
-    judge = scores.make_judge(session, held_out) if held_out is not None else None
+    held_out = judging.held_out_source(session)
+    judge = judging.make_judge(session, held_out) if held_out is not None else None
     if held_out is None or judge is None:
         raise UserError(
             "samples are measured by a judge beside held-out images: set --config.image.eval and its weights"
         )
     model, num = session.model, min(session.config.eval.samples, held_out.length)
-    reference = scores.moments(judge, session.source)
+    reference = judging.moments(judge, session.source)
     labels = None if model.num_classes is None else np.resize(np.arange(model.num_classes, dtype=np.int32), num)
 
     def measure(x, labels=labels):
@@ -190,7 +192,7 @@ def image_problem(config: Config, session: Session) -> Problem:
     params = (images.restored_state(session) if config.model else images.train(session)).ema
     return Problem(
         model.diffusion.process, denoiser, params, model.shape, labels, num, session.config.sample.batch,
-        min(FOLLOWED, num), config.image_budgets, (), measure, measure(*scores.spread(held_out, num)),
+        min(FOLLOWED, num), config.image_budgets, (), measure, measure(*judging.spread(held_out, num)),
     )  # fmt: skip
 
 

@@ -26,8 +26,9 @@ from diffrl.errors import UserError
 from diffrl.evaluate import plots
 from diffrl.recipes import images, scores
 from diffrl.recipes import results as results_lib
-from diffrl.recipes.images import ImageConfig, TrainConfig, UNetConfig
-from diffrl.train import state as train_state
+from diffrl.recipes.images import ImageConfig
+from diffrl.recipes.networks import UNetConfig
+from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import init_distributed
 from diffrl.train.optim import OptimConfig
 
@@ -122,16 +123,7 @@ def price(config: ImageConfig, source: Source) -> tuple[float, int]:
     """XLA's count of FLOPs for one training step and the number of parameters; nothing is compiled or run."""
     model = images.build(config, source)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    optimizer = images.optim.make(config.optim, config.optim.warmup_steps + 1)
-    current = jax.eval_shape(lambda p: train_state.create(p, optimizer, jax.random.key(0)), abstract)
-    shape = (config.train.batch_size, *source.shape)
-    batch = {"x": jax.ShapeDtypeStruct(shape, np.float32), "label": jax.ShapeDtypeStruct(shape[:1], np.int32)}
-    cost = jax.jit(images.make_step(config, model)).lower(current, batch).cost_analysis() or {}
-    if not cost.get("flops"):
-        raise UserError(
-            f"XLA counts no FLOPs on {jax.default_backend()}, so there is no equal compute: run it on a CPU or a GPU"
-        )
-    return cost["flops"], sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    return images.price(config, model), sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def work(job: Job, held_out: Source, run: config_lib.Run) -> dict:

@@ -8,7 +8,7 @@ import pytest
 
 from diffrl import config as config_lib
 from diffrl.data.source import from_arrays
-from diffrl.recipes import denoising, images
+from diffrl.recipes import denoising, image_runs, images
 from experiments import ddpm
 
 TINY = [
@@ -102,18 +102,18 @@ def test_only_the_first_process_writes(trained, monkeypatch):
     session = images.open_session(config, started)
     monkeypatch.setattr(images, "restored_state", images.initial_state)
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    ddpm.sample(session)
-    ddpm.score(session, images.initial_state(session), ddpm.scores.held_out_source(session), bound=False)
+    image_runs.sample(session)
+    image_runs.score(session, images.initial_state(session), image_runs.judging.held_out_source(session), bound=False)
     images.plot_loss(session)
     assert {path: path.stat().st_mtime_ns for path in trained.glob("*.*")} == files
 
 
 def test_pictures_have_a_limit_and_files_have_not():
-    assert ddpm.pictured(None, 50_000).sum() == ddpm.ROWS * ddpm.COLUMNS
-    assert ddpm.pictured(None, 7).all()
+    assert image_runs.pictured(None, 50_000).sum() == image_runs.ROWS * image_runs.COLUMNS
+    assert image_runs.pictured(None, 7).all()
     labels = np.repeat(np.arange(1000), 30)
-    shown = labels[ddpm.pictured(labels, len(labels))]
-    np.testing.assert_array_equal(np.unique(shown, return_counts=True)[1], [ddpm.COLUMNS] * ddpm.ROWS)
+    shown = labels[image_runs.pictured(labels, len(labels))]
+    np.testing.assert_array_equal(np.unique(shown, return_counts=True)[1], [image_runs.COLUMNS] * image_runs.ROWS)
 
 
 def test_learned_variance_on_unlabelled_images(tmp_path):

@@ -42,8 +42,8 @@ def ssim(a: Array, b: Array) -> Array:
 
 def _blur(x: Array) -> Array:
     """The Gaussian mean of every window that lies inside, [B, H - 10, W - 10, C]."""
-    line = np.exp(-0.5 * ((np.arange(WIDTH) - WIDTH // 2) / SIGMA) ** 2)
-    line = jnp.asarray(line / line.sum(), x.dtype)
+    bell = np.exp(-0.5 * ((np.arange(WIDTH) - WIDTH // 2) / SIGMA) ** 2)
+    line = jnp.asarray(bell / bell.sum(), x.dtype)
     channels = x.shape[-1]
     for shape in ((WIDTH, 1, 1, 1), (1, WIDTH, 1, 1)):
         kernel = jnp.broadcast_to(line.reshape(shape), (*shape[:3], channels))

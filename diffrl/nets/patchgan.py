@@ -4,6 +4,8 @@ Convolutions 4 wide of stride 2, and two of stride 1; with three strided ones a 
 has batch norm, which would couple the images of a batch; group norm takes its place.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
@@ -49,6 +51,5 @@ class PatchGAN(nn.Module):
         return self._conv(h, 1, 1, "conv_out").astype(jnp.float32)
 
     def _conv(self, x: Array, width: int, stride: int, name: str, bias: bool = True) -> Array:
-        padding = ((1, 1), (1, 1))
-        fields = {"use_bias": bias, "dtype": self.dtype, "kernel_init": kernel_init, "name": name}
-        return nn.Conv(width, (4, 4), stride, padding, **fields)(x)
+        fields: Any = {"use_bias": bias, "dtype": self.dtype, "kernel_init": kernel_init, "name": name}
+        return nn.Conv(width, (4, 4), stride, ((1, 1), (1, 1)), **fields)(x)

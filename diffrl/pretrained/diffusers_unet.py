@@ -12,19 +12,17 @@ and `MODULES` for the rest.  Both of our ways count levels from the finest.  The
 t = n - 1 in 0 ... 999 for step n.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffrl.errors import UserError
 from diffrl.nets.unet import UNet
+from diffrl.pretrained.weights import DIFFUSERS_WEIGHTS, Reader, Weights, fill, kind, modern, open_folder, renamed
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = DIFFUSERS_WEIGHTS  # what `load` looks for
 
 # Options of diffusers that our U-Net does not have, and the values at which both are the same network.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -58,9 +56,6 @@ MODULES = {
     "out": "to_out.0",
 }
 
-# Files written before diffusers 0.15 call the four projections of an attention so.
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
 
 def load(path: str | pathlib.Path) -> tuple[UNet, dict]:
     """Reads a folder that diffusers' `save_pretrained` wrote: that of a model, or of a pipeline with one in `unet/`.
@@ -69,20 +64,10 @@ def load(path: str | pathlib.Path) -> tuple[UNet, dict]:
         The network and its params, for `unet.apply({"params": params}, x, t)`.
 
     Raises:
-        UserError: a file or the safetensors package is missing, or the architecture is not one of ours.
+        UserError: a file is missing or damaged, or the architecture is not one of ours.
     """
-    folder = pathlib.Path(path)
-    if (folder / "unet").is_dir():
-        folder = folder / "unet"
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; point to a folder of diffusers' save_pretrained")
-    try:
-        from safetensors.numpy import load_file
-    except ImportError:
-        raise UserError("reading .safetensors needs a package; pip install safetensors, or diffrl[oracles]") from None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return unet_from_config(config), params_from_diffusers(load_file(folder / WEIGHTS), config)
+    weights, config = open_folder(path, "unet")
+    return unet_from_config(config), params_from_diffusers(weights, config)
 
 
 def unet_from_config(config: Mapping[str, Any]) -> UNet:
@@ -121,7 +106,7 @@ def unet_from_config(config: Mapping[str, Any]) -> UNet:
     )
 
 
-def params_from_diffusers(weights: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict:
+def params_from_diffusers(weights: Weights, config: Mapping[str, Any]) -> dict:
     """The parameters of `unet_from_config(config)`, float32, from a `UNet2DModel`'s state dict.
 
     diffusers has no null class: its row is zero, which leaves the time embedding as it is.
@@ -130,19 +115,15 @@ def params_from_diffusers(weights: Mapping[str, np.ndarray], config: Mapping[str
         UserError: a weight is missing, is left over or has another shape than the config says.
     """
     unet, size = unet_from_config(config), config["sample_size"]
-    x = jax.ShapeDtypeStruct((1, size, size, config["in_channels"]), jnp.float32)
-    shapes = jax.eval_shape(unet.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))["params"]
-    unused = {_modern_name(name): weight for name, weight in weights.items()}
+    reader = Reader(renamed(weights, modern), "the U-Net of this config")
 
-    def take(keys: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        path = [key.key for key in keys]
-        parts = [_take(unused, name, _part_shape(path, leaf.shape)) for name in _sources(path, len(unet.multipliers))]
-        return jnp.asarray(_assemble(path, parts).reshape(leaf.shape))
+    def source(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        names = _sources(path.split("/"), len(unet.multipliers))
+        if path.endswith("/table"):
+            return np.pad(reader.fit(names, (shape[0] - 1, shape[1]), turn=False), ((0, 1), (0, 0)))
+        return reader.fit(names, shape)
 
-    params = jax.tree_util.tree_map_with_path(take, shapes)
-    if unused:
-        raise UserError(f"the weights hold {min(unused)}, which the config does not; they belong to another model")
-    return params
+    return fill(unet, [(1, size, size, config["in_channels"]), (1,)], reader, source)
 
 
 def _attention_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -176,12 +157,6 @@ def _unsupported(key: str, value: Any) -> UserError:
     return UserError(f"diffusers' {key}={value} has no counterpart in our U-Net; load another checkpoint")
 
 
-def _modern_name(name: str) -> str:
-    for old, new in OLD_NAMES.items():
-        name = name.replace(old, new)
-    return name
-
-
 def _sources(path: list[str], levels: int) -> list[str]:
     """The weights of diffusers that make up the parameter at `path`."""
     top, *inner, leaf = path
@@ -189,8 +164,7 @@ def _sources(path: list[str], levels: int) -> list[str]:
     if top.endswith("_resample") and not inner:
         prefix += ".conv"
     names = ["to_q", "to_k", "to_v"] if inner == ["qkv"] else [".".join(MODULES[name] for name in inner)]
-    kind = "bias" if leaf == "bias" else "weight"
-    return [".".join(filter(None, (prefix, name, kind))) for name in names]
+    return [".".join(filter(None, (prefix, name, kind(leaf)))) for name in names]
 
 
 def _prefix(top: str, levels: int) -> str:
@@ -209,35 +183,3 @@ def _prefix(top: str, levels: int) -> str:
         case ["up", level, kind, i]:
             return f"up_blocks.{levels - 1 - int(level)}.{kinds[kind]}.{i}"
     return MODULES[top]
-
-
-def _part_shape(path: list[str], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape, in our order of axes, of each weight that the parameter of this shape is made of."""
-    if "qkv" in path:
-        *inputs, _, heads, head_dim = shape
-        return (*inputs, heads * head_dim)
-    if path[-1] == "table":
-        return (shape[0] - 1, shape[1])
-    return shape
-
-
-def _take(unused: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Takes a weight out of `unused`, with the axes of ours: [..., inputs, outputs] for [outputs, inputs, ...]."""
-    if name not in unused:
-        raise UserError(f"the weights lack {name}, which the config asks for; they belong to another model")
-    weight = np.asarray(unused.pop(name), np.float32)
-    if not name.startswith("class_embedding"):
-        weight = np.moveaxis(weight, (0, 1), (-1, -2)) if weight.ndim > 1 else weight
-    # A shortcut may be stored as a convolution of width 1.
-    ours = weight.reshape(weight.shape[-2:]) if weight.shape[:-2] == (1, 1) else weight
-    if ours.shape != shape:
-        raise UserError(f"the weight {name} has shape {ours.shape}, the config asks for {shape} (in our axes)")
-    return ours
-
-
-def _assemble(path: list[str], parts: list[np.ndarray]) -> np.ndarray:
-    if "qkv" in path:
-        return np.stack(parts, axis=-2)
-    if path[-1] == "table":
-        return np.pad(parts[0], ((0, 1), (0, 0)))
-    return parts[0]

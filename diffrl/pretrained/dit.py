@@ -15,21 +15,16 @@ its networks have freq_shift=1.  The published networks take t = n - 1 in 0 ... 
 Diffusion's autoencoder times 0.18215; half of their output channels are a variance's.
 """
 
-import json
-import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import flax.traverse_util
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from diffrl.errors import UserError
 from diffrl.nets.dit import DiT, sincos
+from diffrl.pretrained.weights import Reader, Weights, fill, kind, open_file, open_folder
 
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Options of diffusers, and the values at which both are the same network.
 FIXED: dict[str, Any] = {
     "norm_type": "ada_norm_zero",
@@ -38,8 +33,6 @@ FIXED: dict[str, Any] = {
     "attention_bias": True,
 }
 HEAD_DIM = {384: 64, 768: 64, 1024: 64, 1152: 72}  # of the published widths
-
-Weights = Mapping[str, np.ndarray]
 
 
 def load(path: str | pathlib.Path, sample_size: int = 32) -> tuple[DiT, Any]:
@@ -55,21 +48,15 @@ def load(path: str | pathlib.Path, sample_size: int = 32) -> tuple[DiT, Any]:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        folder = path / "transformer" if (path / "transformer").is_dir() else path
-        for name in ("config.json", DIFFUSERS_WEIGHTS):
-            if not (folder / name).is_file():
-                raise UserError(f"{folder} has no {name}; point to a folder of diffusers' save_pretrained")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return from_diffusers(_open_safetensors(folder / DIFFUSERS_WEIGHTS), config)
+        return from_diffusers(*open_folder(path, "transformer"))
     if not path.is_file():
         raise UserError(f"{path} is no file; point to a .pt or .safetensors of DiT, or to a folder of diffusers")
-    weights = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
-    return from_original(weights, sample_size)
+    return from_original(open_file(path), sample_size)
 
 
 def from_original(weights: Weights, sample_size: int) -> tuple[DiT, Any]:
     """From tensors named as in the paper's repository, whose sizes say which network it is."""
-    reader = _Reader(weights)
+    reader = Reader(weights, "this DiT")
     width, channels, patch, _ = reader.shape("x_embedder.proj.weight")
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
     if width not in HEAD_DIM and width % 64:
@@ -84,9 +71,6 @@ def from_original(weights: Weights, sample_size: int) -> tuple[DiT, Any]:
         num_classes=reader.shape("y_embedder.embedding_table.weight")[0] - 1,
     )
 
-    def qkv(i: int, kind: str) -> np.ndarray:
-        return reader.take(f"blocks.{i}.attn.qkv.{kind}")
-
     names = {
         "patch": "x_embedder.proj",
         "time_embedding/dense_0": "t_embedder.mlp.0",
@@ -100,8 +84,8 @@ def from_original(weights: Weights, sample_size: int) -> tuple[DiT, Any]:
     }
     if "pos_embed" in weights:
         _check_positions(reader.take("pos_embed"), sample_size // patch, width, sample_size)
-    params = _fill(net, sample_size, channels, reader, names, qkv, ["y_embedder.embedding_table.weight"])
-    return net, params
+    table = "y_embedder.embedding_table.weight"
+    return net, _fill(net, sample_size, channels, reader, names, ["blocks.{}.attn.qkv"], table)
 
 
 def from_diffusers(weights: Weights, config: Mapping[str, Any]) -> tuple[DiT, Any]:
@@ -120,11 +104,8 @@ def from_diffusers(weights: Weights, config: Mapping[str, Any]) -> tuple[DiT, An
         freq_shift=1.0,
         norm_eps=config["norm_eps"],
     )
-    reader = _Reader(weights)
+    reader = Reader(weights, "this DiT")
     block = "transformer_blocks.{}."
-
-    def qkv(i: int, kind: str) -> np.ndarray:
-        return np.concatenate([reader.take(f"{block.format(i)}attn1.to_{name}.{kind}") for name in "qkv"])
 
     names = {
         "patch": "pos_embed.proj",
@@ -142,8 +123,9 @@ def from_diffusers(weights: Weights, config: Mapping[str, Any]) -> tuple[DiT, An
         if name != first and not np.array_equal(reader.take(name), weights[first]):
             raise UserError(f"{name} is not the embedding of the other blocks; our DiT has one for all")
     reader.discard("pos_embed.pos_embed")  # fixed, and ours
-    tables = [f"{block.format(0)}norm1.emb.class_embedder.embedding_table.weight"]
-    return net, _fill(net, config["sample_size"], config["in_channels"], reader, names, qkv, tables)
+    table = f"{block.format(0)}norm1.emb.class_embedder.embedding_table.weight"
+    qkv = [f"{block}attn1.to_{name}" for name in "qkv"]
+    return net, _fill(net, config["sample_size"], config["in_channels"], reader, names, qkv, table)
 
 
 def _check_positions(theirs: np.ndarray, side: int, width: int, sample_size: int) -> None:
@@ -157,117 +139,27 @@ def _check_positions(theirs: np.ndarray, side: int, width: int, sample_size: int
         raise UserError("the weights' pos_embed are not DiT's sines and cosines; they belong to another model")
 
 
-class _Reader:
-    """Tensors by name, each to be taken once."""
-
-    def __init__(self, weights: Weights) -> None:
-        self._weights, self._left = weights, set(weights)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._get(name).shape
-
-    def take(self, name: str) -> np.ndarray:
-        tensor = self._get(name)
-        self._left.discard(name)
-        return tensor
-
-    def discard(self, name: str) -> None:
-        self._left.discard(name)
-
-    def done(self) -> None:
-        if self._left:
-            raise UserError(f"the weights hold {min(self._left)}, which this DiT has not; they belong to another model")
-
-    def _get(self, name: str) -> np.ndarray:
-        if name not in self._weights:
-            raise UserError(f"the weights lack {name}; they belong to another model")
-        return np.asarray(self._weights[name], np.float32)
-
-
 def _fill(
     net: DiT,
     size: int,
     channels: int,
-    reader: _Reader,
+    reader: Reader,
     names: Mapping[str, str],
-    qkv: Callable[[int, str], np.ndarray],
-    tables: list[str],
-) -> Any:
+    qkv: list[str],
+    table: str,
+) -> dict[str, Any]:
     """The parameters of `net`, every one from `reader`."""
-    x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), x, jax.ShapeDtypeStruct((1,), jnp.float32))["params"]
-    params = {}
-    for path, leaf in flax.traverse_util.flatten_dict(shapes, sep="/").items():
-        place, _, end = path.rpartition("/")
-        kind = "bias" if end == "bias" else "weight"
+
+    def source(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        place, end = path.rpartition("/")[0], kind(path)
         if path == "label_embedding/table":
-            params[path] = _fitted(reader.take(tables[0]), leaf.shape, tables[0])
-        elif place.startswith("blocks/"):
-            rows = np.empty(leaf.shape, np.float32)
-            for i in range(net.depth):
-                theirs = qkv(i, kind) if place == "blocks/qkv" else reader.take(f"{names[place].format(i)}.{kind}")
-                rows[i] = _fitted(_turned(theirs), leaf.shape[1:], f"{path} of block {i}")
-            params[path] = rows
-        else:
-            name = f"{names[place]}.{kind}"
-            params[path] = _fitted(_turned(reader.take(name)), leaf.shape, name)
-    reader.done()
-    return jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(params, sep="/"))
+            return reader.fit(table, shape, turn=False)
+        theirs = qkv if place == "blocks/qkv" else [names[place]]
+        if not place.startswith("blocks/"):
+            return reader.fit([f"{name}.{end}" for name in theirs], shape)
+        rows = np.empty(shape, np.float32)
+        for i in range(net.depth):
+            rows[i] = reader.fit([f"{name.format(i)}.{end}" for name in theirs], shape[1:])
+        return rows
 
-
-def _turned(tensor: np.ndarray) -> np.ndarray:
-    """torch's [outputs, inputs, ...] as [..., inputs, outputs]; a convolution's window as one axis of inputs."""
-    if tensor.ndim < 2:
-        return tensor
-    return np.moveaxis(tensor, (0, 1), (-1, -2)).reshape(-1, tensor.shape[0])
-
-
-def _fitted(tensor: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-    if tensor.size != math.prod(shape) or (tensor.ndim > 1 and tensor.shape[0] != shape[0]):
-        raise UserError(f"the tensor of {name} has shape {tensor.shape} (in our axes), this DiT wants {shape}")
-    return tensor.reshape(shape)
-
-
-class _Lazy(Mapping[str, np.ndarray]):
-    """Tensors that are read when they are asked for."""
-
-    def __init__(self, names: list[str], read: Callable[[str], np.ndarray]) -> None:
-        self._names, self._read = names, read
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-
-def _open_safetensors(path: pathlib.Path) -> Weights:
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise UserError("reading .safetensors needs a package; pip install safetensors, or diffrl[oracles]") from None
-    try:
-        file = safe_open(path, framework="numpy")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as .safetensors ({error}); fetch it again") from error
-    return _Lazy(list(file.keys()), file.get_tensor)
-
-
-def _open_torch(path: pathlib.Path) -> Weights:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"reading {path.name} needs torch; pip install 'diffrl[oracles]'") from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the file makes it
-        told = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as weights of torch ({told}); fetch it again") from error
-    state = state.get("ema", state.get("model", state))  # training checkpoints hold both
-    return _Lazy(list(state), lambda name: state[name].float().numpy())
+    return fill(net, [(1, size, size, channels), (1,)], reader, source)

@@ -13,7 +13,7 @@ from diffrl.diffusion import dequantisation, likelihood, ode_likelihood
 from diffrl.diffusion.process import log_snr
 from diffrl.diffusion.sampling import sample_keys
 from diffrl.errors import UserError
-from diffrl.recipes import denoising, scores
+from diffrl.recipes import denoising, judging
 from diffrl.recipes.images import Session
 
 Array = jax.Array
@@ -97,7 +97,7 @@ def _bits(session: Session, held_out: Source, num: int, measure: Callable, purpo
     """What `measure(keys [B], x, label)` finds for each of `num` held-out images, in batches; image i has key i."""
     if session.source.fetch(np.arange(1))["x"].dtype != np.uint8:
         raise UserError("bits/dim needs 8-bit images: set --config.eval.bound_images=0 and eval.nll_images=0")
-    x, label = scores.spread(held_out, num)
+    x, label = judging.spread(held_out, num)
     label = None if session.model.num_classes is None else label
     key = jax.random.fold_in(jax.random.key(session.config.sample.seed), purpose)
     keys = sample_keys(key, num)
@@ -105,4 +105,4 @@ def _bits(session: Session, held_out: Source, num: int, measure: Callable, purpo
     def of_rows(rows):
         return measure(keys[rows], x[rows], None if label is None else label[rows])
 
-    return scores.in_batches(of_rows, num, session.config.sample.batch, desc="bits/dim")
+    return judging.in_batches(of_rows, num, session.config.sample.batch, desc="bits/dim")

@@ -19,7 +19,7 @@ from diffrl.train.state import Aux
 Array = jax.Array
 
 # What a sample's key is folded with, beyond the purposes of `losses`.
-DROP, NETWORK = 101, 102
+DROP, NETWORK, PREPARE = 101, 102, 103
 
 
 @dataclasses.dataclass
@@ -52,7 +52,7 @@ class SampleConfig:
         0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True, at_least=0, at_most=1
     )
     guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
-    clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]", free=True)
+    clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]; pixels only", free=True)
     batch: int = leaf(256, "samples drawn at a time", free=True, at_least=1)
     count: int = leaf(100, "samples that --mode=sample draws, classes in turn", free=True, at_least=1)
     seed: int = leaf(0, "of the samples", free=True)
@@ -151,11 +151,17 @@ def make_diffusion(config: DiffusionConfig, fourier: bool = False) -> Diffusion:
     return Diffusion(chosen, head, objective, network_time, config.learned_variance)
 
 
-def make_loss(diffusion: Diffusion, apply: Callable, num_classes: int | None, drop_label: float) -> Callable:
-    """The `Loss` of the training step.  apply: (params, x, t, label or None, keys [B]) -> y, a network's output."""
+def make_loss(
+    diffusion: Diffusion, apply: Callable, num_classes: int | None, drop_label: float, prepare: Callable | None = None
+) -> Callable:
+    """The `Loss` of the training step.
+
+    apply: (params, x, t, label or None, keys [B]) -> y, a network's output.
+    prepare: (x of a batch, keys [B], the state's frozen) -> x_0; None: x itself.
+    """
 
     def loss(params, state, batch, keys):
-        del state
+        x0 = batch["x"] if prepare is None else prepare(batch["x"], fold(keys, PREPARE), state.frozen)
         label = batch["label"] if num_classes is not None else None
         if label is not None:
             label = guidance.drop_condition(fold(keys, DROP), label, num_classes, drop_label)
@@ -164,7 +170,7 @@ def make_loss(diffusion: Diffusion, apply: Callable, num_classes: int | None, dr
         def model(x, t, cond):
             return apply(params, x, diffusion.network_time(t), cond, network_keys)
 
-        value, metrics = diffusion.objective(model, batch["x"], label, keys)
+        value, metrics = diffusion.objective(model, x0, label, keys)
         return value.mean(), Aux({name: metric.mean() for name, metric in metrics.items()})
 
     return loss

@@ -11,7 +11,7 @@ import numpy as np
 from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, judges, precision_recall
-from diffrl.recipes import scores
+from diffrl.recipes import judging
 from diffrl.recipes.images import Session
 
 
@@ -54,18 +54,18 @@ def make_ruler(session: Session, held_out: Source) -> tuple[Ruler, dict[str, flo
 
     Raises UserError where there can be no judge.
     """
-    judge = scores.make_judge(session, held_out)
+    judge = judging.make_judge(session, held_out)
     if judge is None:
         raise UserError("fidelity is measured by a judge: set eval.judge and, for a ResNet, eval.judge_weights")
     num = min(session.config.eval.samples, held_out.length)
     x, labels = labelled(held_out, num)
     some = judge.features(labelled(session.source, num)[0])
-    moments = scores.moments(judge, session.source)
+    moments = judging.moments(judge, session.source)
     ruler = Ruler(num, judge, moments, some, precision_recall.spread(x, labels), float(x.std()))
     return ruler, ruler.measure(x, labels)
 
 
 def labelled(source: Source, num: int) -> tuple[np.ndarray, np.ndarray]:
     """`num` images spread evenly over the set, in [-1, 1], and their labels."""
-    x, labels = scores.spread(source, num)
+    x, labels = judging.spread(source, num)
     return x, np.asarray(labels)

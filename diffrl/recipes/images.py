@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +13,17 @@ import numpy as np
 
 from diffrl.config import Run, from_dict, leaf, read
 from diffrl.data.catalog import DataConfig, make_source
-from diffrl.data.pipeline import loader
 from diffrl.data.prefetch import Prefetch
 from diffrl.data.source import Source
 from diffrl.errors import UserError
-from diffrl.evaluate import grids, plots
-from diffrl.nets.unet import UNet
-from diffrl.recipes import denoising
+from diffrl.evaluate import grids
+from diffrl.recipes import denoising, latents, networks, training
 from diffrl.recipes.denoising import Diffusion, DiffusionConfig, SampleConfig
-from diffrl.train import hooks, loop, mesh, optim, state, step
+from diffrl.recipes.judging import JudgeConfig, check_images
+from diffrl.recipes.latents import Codec, LatentsConfig
+from diffrl.recipes.networks import DiTConfig, UNetConfig
+from diffrl.recipes.training import TrainConfig, Training
+from diffrl.train import hooks, mesh, optim, state, step
 from diffrl.train.checkpoint import Checkpoints
 from diffrl.train.mesh import MeshConfig
 from diffrl.train.optim import OptimConfig
@@ -33,47 +34,7 @@ Array = jax.Array
 
 
 @dataclasses.dataclass
-class UNetConfig:
-    """The network; see `diffrl.nets.unet.UNet` for what each field means."""
-
-    channels: int = leaf(128, at_least=1)
-    multipliers: tuple[int, ...] = leaf((1, 2, 2, 2), at_least=1)
-    blocks: int = leaf(2, at_least=0)
-    attention: tuple[int, ...] = leaf((16,), "sizes of the first spatial axis at which every block attends")
-    middle_attention: bool = True
-    heads: int = leaf(1, at_least=1)
-    head_dim: int | None = leaf(None, at_least=1)
-    scale_shift: bool = False
-    resample_blocks: bool = False
-    dropout: float = leaf(0.0, at_least=0, below=1)
-    fourier: bool = False
-    groups: int = leaf(32, at_least=1)
-    dtype: str = leaf("float32", "of convolutions and attention: float32, or bfloat16 on GPU and TPU")
-    remat: bool = leaf(False, "recompute blocks in the backward pass: less memory, more time")
-
-
-@dataclasses.dataclass
-class TrainConfig:
-    steps: int = leaf(1000, "updates in all", free=True, at_least=1)
-    batch_size: int = leaf(128, "of the global batch", at_least=1)
-    accumulate: int = leaf(1, "microbatches per update", at_least=1)
-    inner: int = leaf(1, "updates per dispatch", free=True, at_least=1)
-    ema_decay: float = leaf(0.9999, at_least=0, below=1)
-    ema_warmup: bool = leaf(True, "average over less while the run is young")
-    log_every: int = leaf(50, free=True, at_least=1)
-    sample_every: int = leaf(1000, "updates between grids of samples; 0 = none", free=True, at_least=0)
-    checkpoint_every: int = leaf(1000, free=True, at_least=1)
-    keep: int = leaf(3, "checkpoints that are kept", free=True, at_least=1)
-
-
-@dataclasses.dataclass
-class EvalConfig:
-    judge: str = leaf("mlp", "mlp (fitted to the real images), resnet (needs judge_weights) or none", free=True)
-    judge_weights: str = leaf("", ".npz of a published CIFAR-10 ResNet-20 or -56", free=True)
-    split: str = leaf("test", "the held-out part of the data", free=True)
-    samples: int = leaf(
-        10_000, "generated and held-out images compared; no more than the held-out split", free=True, at_least=1
-    )
+class EvalConfig(JudgeConfig):
     bound_images: int = leaf(64, "held-out images whose bits/dim --mode=eval measures; 0 = none", free=True, at_least=0)
     bound_steps: int = leaf(1000, "terms of the bound, where the process is no table", free=True, at_least=2)
     nll_images: int = leaf(
@@ -90,7 +51,10 @@ class ImageConfig:
     seed: int = leaf(0, at_least=0)
     conditional: bool = leaf(True, "use the labels, where the data have them")
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    latents: LatentsConfig = dataclasses.field(default_factory=LatentsConfig)
+    network: str = leaf("unet", "unet or dit")
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
+    dit: DiTConfig = dataclasses.field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -116,6 +80,7 @@ class Model(NamedTuple):
 
     apply: (params, x [B, H, W, C], t [B], labels [B] or None, keys [B] or None) -> y.
     init: key -> params.
+    shape: of what is diffused, images or latents.
     """
 
     apply: Callable
@@ -125,22 +90,24 @@ class Model(NamedTuple):
     num_classes: int | None
 
 
-def build(config: ImageConfig, source: Source) -> Model:
-    """The network and the diffusion around it.
+def build(config: ImageConfig, source: Source, shape: tuple[int, ...] | None = None) -> Model:
+    """The network and the diffusion around it.  shape: of latents, where these are diffused in the images' place.
 
     Raises UserError where data and network do not suit each other.
     """
-    _check_network(config.unet, source)
-    diffusion = denoising.make_diffusion(config.diffusion, config.unet.fourier)
-    fields = dataclasses.asdict(config.unet)
-    fields["dtype"] = denoising.choose(
-        "unet.dtype", fields["dtype"], {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    )
-    out_channels = source.shape[-1] * (2 if diffusion.learned else 1)
+    check_images(source)
+    shape = shape or source.shape
+    unet = denoising.choose("network", config.network, {"unet": True, "dit": False})
+    diffusion = denoising.make_diffusion(config.diffusion, unet and config.unet.fourier)
+    out_channels = shape[-1] * (2 if diffusion.learned else 1)
     num_classes = source.num_classes if config.conditional else None
-    network = UNet(out_channels, num_classes=num_classes, **fields)
+    network: Any = (
+        networks.make_unet(config.unet, out_channels, num_classes, shape)
+        if unet
+        else networks.make_dit(config.dit, out_channels, num_classes)
+    )
     label = None if num_classes is None else jnp.zeros(1, jnp.int32)
-    example = (jnp.zeros((1, *source.shape)), jnp.zeros(1), label)
+    example = (jnp.zeros((1, *shape)), jnp.zeros(1), label)
 
     def init(key):
         # Hardware-friendly bits: the initialisers' threefry would take longer to compile than the gradient.
@@ -150,31 +117,16 @@ def build(config: ImageConfig, source: Source) -> Model:
     def apply(params, x, t, label, keys):
         return network.apply({"params": params}, x, t, label, keys)
 
-    return Model(apply, init, diffusion, source.shape, num_classes)
+    return Model(apply, init, diffusion, shape, num_classes)
 
 
-def _check_network(config: UNetConfig, source: Source) -> None:
-    """Raises UserError for data that are no images, and for what the network would leave out in silence."""
-    if len(source.shape) != 3 or source.shape[-1] not in (1, 3, 4):
-        raise UserError(
-            f"{source.name} has examples of shape {source.shape}: this experiment needs images [H, W, C] "
-            "of 1, 3 or 4 channels"
-        )
-    if not config.multipliers:
-        raise UserError("unet.multipliers=(): give one for each level, as in (1,2,2)")
-    sizes = [source.shape[0] // 2**level for level in range(len(config.multipliers))]
-    absent = [size for size in config.attention if size not in sizes]
-    if absent:
-        raise UserError(
-            f"unet.attention={config.attention}: images of {source.shape[0]} rows never have {absent[0]}; "
-            f"choose from {', '.join(map(str, sizes))}, or () for none"
-        )
+def make_step(config: ImageConfig, model: Model, draw: Callable | None = None) -> Callable:
+    """The pure training step (state, batch) -> (state, metrics).
 
-
-def make_step(config: ImageConfig, model: Model) -> Callable:
-    """The pure training step (state, batch) -> (state, metrics)."""
+    draw: (x of a batch, keys [B], the state's frozen) -> what is diffused; None: x itself.
+    """
     settings = config.train
-    loss = denoising.make_loss(model.diffusion, model.apply, model.num_classes, config.diffusion.drop_label)
+    loss = denoising.make_loss(model.diffusion, model.apply, model.num_classes, config.diffusion.drop_label, draw)
     update = step.make_update(
         loss,
         optim.make(config.optim, settings.steps),
@@ -185,24 +137,36 @@ def make_step(config: ImageConfig, model: Model) -> Callable:
     return step.global_step(update)
 
 
-def make_generator(config: ImageConfig, model: Model, devices: jax.sharding.Mesh, key: Array) -> Callable:
-    """(params, labels [N] or None, num) -> samples float32 [N, H, W, C] in [-1, 1], sample i made from (key, i)."""
+def make_generator(
+    config: ImageConfig, model: Model, devices: jax.sharding.Mesh, key: Array, codec: Codec | None = None
+) -> Callable:
+    """(params, labels [N] or None, num) -> samples float32 [N, H, W, C] in [-1, 1], sample i made from (key, i).
+
+    codec: makes images of the latents that the model draws.
+    """
     grid = denoising.make_grid(model.diffusion, config.sample, config.diffusion.table_steps)
+    # Only pixels are known to lie in [-1, 1].
+    settings = config.sample if codec is None else dataclasses.replace(config.sample, clip=False)
 
     @jax.jit
-    def chunk(params, part):
+    def chunk(params, coding, part):
         denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
-        sampler = denoising.make_sampler(model.diffusion, config.sample, denoise, model.num_classes)
-        return denoising.draw(sampler, model.diffusion, grid, key, part["id"], model.shape, part.get("label"))
+        sampler = denoising.make_sampler(model.diffusion, settings, denoise, model.num_classes)
+        x = denoising.draw(sampler, model.diffusion, grid, key, part["id"], model.shape, part.get("label"))
+        return x if codec is None else jnp.clip(latents.decode(codec, coding, x), -1, 1)
 
     def generate(params, labels, num):
-        return denoising.in_chunks(functools.partial(chunk, params), labels, num, config.sample.batch, devices)
+        draw = functools.partial(chunk, params, None if codec is None else codec.arrays)
+        return denoising.in_chunks(draw, labels, num, config.sample.batch, devices)
 
     return generate
 
 
 class Session(NamedTuple):
-    """A run that is open: its model, devices and files."""
+    """A run that is open: its model, devices and files.
+
+    codec: of a model of latents; source is of images all the same.
+    """
 
     config: ImageConfig
     workdir: pathlib.Path
@@ -211,20 +175,29 @@ class Session(NamedTuple):
     devices: jax.sharding.Mesh
     checkpoints: Checkpoints
     writers: Writers
+    codec: Codec | None = None
+
+    def generator(self, key: Array) -> Callable:
+        """`make_generator` of this run's parts."""
+        return make_generator(self.config, self.model, self.devices, key, self.codec)
 
 
 def open_session(config: ImageConfig, run: Run) -> Session:
-    """Data, model, devices, checkpoints and writers of a run."""
+    """Data, autoencoder, model, devices, checkpoints and writers of a run; the data are encoded if need be."""
     source = make_source(config.data)
+    check_images(source)
     sizes = config.mesh
+    devices = mesh.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    codec = latents.open_codec(config.latents, config.data, source, run.workdir) if config.latents.model else None
     return Session(
         config,
         run.workdir,
         source,
-        build(config, source),
-        mesh.make_mesh(sizes.data, sizes.fsdp, sizes.tensor),
+        build(config, source, codec.shape if codec else None),
+        devices,
         Checkpoints(run.workdir / "checkpoints", config.train.keep),
         Writers(run.workdir),
+        codec,
     )
 
 
@@ -245,7 +218,8 @@ def initial_state(session: Session) -> TrainState:
     config, model = session.config, session.model
     key = jax.random.key(config.seed)
     optimizer = optim.make(config.optim, config.train.steps)
-    fresh = state.create(model.init(jax.random.fold_in(key, 1)), optimizer, key)
+    frozen = {"normaliser": session.codec.normaliser} if session.codec else None
+    fresh = state.create(model.init(jax.random.fold_in(key, 1)), optimizer, key, frozen=frozen)
     return mesh.place(session.devices, fresh)
 
 
@@ -257,61 +231,54 @@ def restored_state(session: Session) -> TrainState:
     return restored[0]
 
 
+def job(session: Session) -> Training:
+    """What the session trains with: images, or the latents of its codec."""
+    config, codec = session.config, session.codec
+    source, data = session.source, config.data
+    if codec is not None:  # the mirrored images are among the latents
+        source, data = codec.source(), dataclasses.replace(data, flip=False, workers=0)
+    pure = make_step(config, session.model, codec and codec.draw)
+    return Training(
+        config.train, data, config.seed, source, pure, session.devices, session.checkpoints, session.writers
+    )
+
+
 def prepare(session: Session, current: TrainState) -> tuple[Callable, TrainState, Prefetch]:
     """The compiled step, the state to go on from, and the batches from there."""
-    config, devices, settings = session.config, session.devices, session.config.train
-    data = Prefetch(
-        loader(
-            session.source,
-            settings.batch_size,
-            seed=config.seed,
-            flip=config.data.flip,
-            workers=config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            devices=mesh.batch_parts(devices),
-        ),
-        mesh.put_batch(devices, inner=settings.inner > 1),
-        inner=settings.inner,
-    )
-    compiled = mesh.compile_repeated(make_step(config, session.model), devices, current, settings.inner)
-    return compiled, loop.resume(session.checkpoints, current, data, session.writers), data
+    return training.prepare(job(session), current)
 
 
-def train(session: Session) -> TrainState:
-    """Trains to the end, from the newest checkpoint if there is one."""
-    settings = session.config.train
+def train(session: Session, every: Sequence[hooks.Hook] = ()) -> TrainState:
+    """Trains to the end, from the newest checkpoint if there is one; every: hooks beside the grids of samples."""
     fresh = initial_state(session)
     print(describe(session, fresh), file=sys.stderr)
-    program, current, data = prepare(session, fresh)
-    try:
-        return loop.fit(
-            program,
-            current,
-            data,
-            steps=settings.steps,
-            inner=settings.inner,
-            checkpoints=session.checkpoints,
-            checkpoint_every=settings.checkpoint_every,
-            hooks=[grid_hook(session)] if settings.sample_every else [],
-            writers=session.writers,
-            log_every=settings.log_every,
-            batch_size=settings.batch_size,
-            desc=session.config.data.name,
+    grids_too = [grid_hook(session)] if session.config.train.sample_every else []
+    return training.train(job(session), fresh, [*every, *grids_too])
+
+
+def price(config: ImageConfig, model: Model) -> float:
+    """XLA's count of FLOPs for one training step; nothing is compiled or run.
+
+    Raises UserError where XLA does not count.
+    """
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    optimizer = optim.make(config.optim, config.optim.warmup_steps + 1)
+    current = jax.eval_shape(lambda p: state.create(p, optimizer, jax.random.key(0)), abstract)
+    shape = (config.train.batch_size, *model.shape)
+    batch = {"x": jax.ShapeDtypeStruct(shape, np.float32), "label": jax.ShapeDtypeStruct(shape[:1], np.int32)}
+    cost = jax.jit(make_step(config, model)).lower(current, batch).cost_analysis() or {}
+    if not cost.get("flops"):
+        raise UserError(
+            f"XLA counts no FLOPs on {jax.default_backend()}, so there is no equal compute: run it on a CPU or a GPU"
         )
-    finally:
-        data.close()
-        session.writers.close()
-        session.checkpoints.close()
+    return cost["flops"]
 
 
 def grid_hook(session: Session) -> hooks.Hook:
     """Every now and then, the same samples as the model makes them then."""
     columns = min(8, session.config.sample.batch)
     labels, num = class_labels(session.model, columns)
-    generate = make_generator(
-        session.config, session.model, session.devices, jax.random.key(session.config.sample.seed)
-    )
+    generate = session.generator(jax.random.key(session.config.sample.seed))
 
     def hook(done, current):
         picture = labelled_grid(session, generate(current.ema, labels, num), labels, columns)
@@ -338,24 +305,20 @@ def labelled_grid(session: Session, images: np.ndarray, labels: np.ndarray | Non
 
 def plot_loss(session: Session) -> None:
     """The loss over the steps, from metrics.jsonl."""
-    if not session.writers.metrics.exists():  # its writer is the first process, maybe on another host
-        return
-    lines = [json.loads(line) for line in session.writers.metrics.read_text().splitlines()]
-    points = np.array([[line["step"], line["loss"]] for line in lines if line.get("loss") is not None])
-    if len(points):
-        curve = {"loss": (points[:, 0], points[:, 1])}
-        plots.curves(session.workdir / "loss.png", curve, "step", "training loss", log_y=True)
+    training.plot_loss(session.writers, session.workdir / "loss.png")
 
 
 def describe(session: Session, current: TrainState) -> str:
     """One line about what is trained on what."""
     size = sum(leaf.size for leaf in jax.tree.leaves(current.params))
-    shape = "x".join(map(str, session.model.shape))
+    shape = "x".join(map(str, session.source.shape))
+    what = {"unet": "U-Net", "dit": "DiT"}[session.config.network]
+    coded = f" as latents of {'x'.join(map(str, session.model.shape))}" if session.codec else ""
     kind = session.devices.devices.flat[0].device_kind
     names = session.source.class_names
     some = f" ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})" if names else ""
     classes = "no labels" if session.source.num_classes is None else f"{session.source.num_classes} classes{some}"
     return (
-        f"{session.source.name}: {session.source.length} images of {shape}, {classes}; "
-        f"U-Net of {size / 1e6:.2f} M parameters on {session.devices.size} x {kind}"
+        f"{session.source.name}: {session.source.length} images of {shape}{coded}, {classes}; "
+        f"{what} of {size / 1e6:.2f} M parameters on {session.devices.size} x {kind}"
     )

@@ -17,7 +17,7 @@ from diffrl.diffusion import classifier_guidance, times
 from diffrl.diffusion.process import add_noise, scales
 from diffrl.errors import UserError
 from diffrl.nets.classifier import NoisyClassifier
-from diffrl.recipes import images, scores
+from diffrl.recipes import images, judging
 from diffrl.recipes.denoising import Diffusion
 from diffrl.recipes.images import ImageConfig, Session
 from diffrl.train.optim import OptimConfig
@@ -98,6 +98,6 @@ def accuracies(session: Session, params: Any, x: np.ndarray, label: np.ndarray, 
         return logits(session, params, xt, t).argmax(axis=1)
 
     def accuracy(t):
-        return (scores.in_batches(lambda rows: classify(params, x[rows], eps[rows], t), len(x)) == label).mean()
+        return (judging.in_batches(lambda rows: classify(params, x[rows], eps[rows], t), len(x)) == label).mean()
 
     return [float(accuracy(t)) for t in at]

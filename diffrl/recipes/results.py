@@ -28,6 +28,11 @@ def whole(path: pathlib.Path) -> Iterator[Any]:
     partial.replace(path)
 
 
+def load(path: pathlib.Path, default: Any) -> Any:
+    """What `save` wrote there, or `default`."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
 def save(path: pathlib.Path, results: Any) -> None:
     """Writes JSON."""
     with whole(path) as file:

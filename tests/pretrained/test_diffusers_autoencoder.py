@@ -70,7 +70,9 @@ def test_kl(tmp_path, config):
     model = random_model(diffusers.AutoencoderKL, config)
     model.save_pretrained(tmp_path)
     net, params, codes, scale, shift = diffusers_autoencoder.load(tmp_path)
-    assert codes is None and scale == model.config.scaling_factor and shift == (model.config.shift_factor or 0.0)
+    assert codes is None
+    assert scale == model.config.scaling_factor
+    assert shift == (model.config.shift_factor or 0.0)
     x, variables = image(), {"params": params}
     with torch.no_grad():
         theirs = model.encode(to_torch(x)).latent_dist

@@ -10,7 +10,7 @@ from diffrl.data import cifar
 from diffrl.data.catalog import DataConfig, make_source
 from diffrl.data.source import from_arrays
 from diffrl.errors import UserError
-from diffrl.recipes import images, scores
+from diffrl.recipes import images, judging, scores
 from diffrl.recipes.images import EvalConfig, ImageConfig
 
 
@@ -28,16 +28,16 @@ def put(folder, *files):
 def test_held_out_folders_are_matched_by_name(tmp_path):
     config = ImageConfig(data=DataConfig("folder", dir=str(tmp_path)))
     put(tmp_path, "train/cat/1.png", "train/dog/1.png", "test/dog/1.png", "test/dog/2.png", "val/eel/1.png")
-    held_out = scores.held_out_source(session(config))
+    held_out = judging.held_out_source(session(config))
     np.testing.assert_array_equal(held_out.fetch(np.arange(2))["label"], [1, 1])
     config.eval.split = "val"
     with pytest.raises(UserError, match=r"val has a class 'eel' that .*train lacks"):
-        scores.held_out_source(session(config))
+        judging.held_out_source(session(config))
 
 
 def test_without_held_out_images_a_run_goes_on(tmp_path, capsys):
     put(tmp_path, "1.png")
-    assert scores.held_out_source(session(ImageConfig(data=DataConfig("folder", dir=str(tmp_path))))) is None
+    assert judging.held_out_source(session(ImageConfig(data=DataConfig("folder", dir=str(tmp_path))))) is None
     assert "no held-out images, so no scores" in capsys.readouterr().err
 
 
@@ -65,11 +65,11 @@ def test_the_resnet_judges_cifar10_alone(tmp_path, monkeypatch, shape, classes, 
 
 
 def test_a_judge_is_fitted_to_a_share_of_a_large_set(monkeypatch):
-    monkeypatch.setattr(scores, "FITTED", 64 * 100)
+    monkeypatch.setattr(judging, "FITTED", 64 * 100)
     seen = []
-    monkeypatch.setattr(scores.judges, "fit_mlp", lambda name, x, labels, *test: seen.append((x, labels)))
+    monkeypatch.setattr(judging.judges, "fit_mlp", lambda name, x, labels, *test: seen.append((x, labels)))
     part = session(ImageConfig())
-    scores.make_judge(part, part.source)
+    judging.make_judge(part, part.source)
     ((x, labels),) = seen
     assert x.shape == (100, 8, 8, 1)
     assert len(np.unique(labels)) == 10

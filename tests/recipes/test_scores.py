@@ -11,7 +11,7 @@ from diffrl.data.source import from_arrays
 from diffrl.diffusion.losses import denoising as denoising_loss
 from diffrl.diffusion.process import add_noise
 from diffrl.diffusion.times import uniform
-from diffrl.recipes import denoising, noisy_classifier, scores
+from diffrl.recipes import denoising, judging, noisy_classifier, scores
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.images import Model
 
@@ -28,15 +28,15 @@ def test_batches_have_one_size_and_lose_nothing(batch):
         sizes.add(len(rows))
         return rows[:, None] ** 2
 
-    np.testing.assert_array_equal(scores.in_batches(measure, COUNT, batch), np.arange(COUNT)[:, None] ** 2)
+    np.testing.assert_array_equal(judging.in_batches(measure, COUNT, batch), np.arange(COUNT)[:, None] ** 2)
     assert sizes == {min(batch, COUNT)}
 
 
 @pytest.fixture
 def session(monkeypatch):
     """As much of one as the scores read; three images a batch."""
-    batches = scores.in_batches
-    monkeypatch.setattr(scores, "in_batches", lambda measure, num: batches(measure, num, batch=3))
+    batches = judging.in_batches
+    monkeypatch.setattr(judging, "in_batches", lambda measure, num: batches(measure, num, batch=3))
     diffusion = denoising.make_diffusion(DiffusionConfig())
     compiled = []
 
@@ -45,7 +45,7 @@ def session(monkeypatch):
         shift = 0.0 if label is None else label[:, None, None, None] / 10
         return params * x + shift
 
-    return types.SimpleNamespace(model=Model(apply, None, diffusion, (2, 2, 1), 3)), compiled
+    return types.SimpleNamespace(model=Model(apply, None, diffusion, (2, 2, 1), 3), codec=None), compiled
 
 
 def test_held_out_loss(session):

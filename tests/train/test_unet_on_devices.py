@@ -11,14 +11,14 @@ import toy
 from diffrl.data.digits import digits
 from diffrl.data.pipeline import loader
 from diffrl.diffusion.sampling import Sampler, normal, sample, start
-from diffrl.recipes import denoising, images
+from diffrl.recipes import denoising, images, networks
 from diffrl.train import mesh, optim
 from diffrl.train.state import create
 from diffrl.train.step import global_step, make_update
 
 STEPS, BATCH = 20, 8
 CONFIG = images.ImageConfig(
-    unet=images.UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4),
+    unet=networks.UNetConfig(channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4),
     optim=optim.OptimConfig(learning_rate=1e-3, warmup_steps=5),
     sample=denoising.SampleConfig(sampler="ancestral", steps=5, guidance=1.5),
 )

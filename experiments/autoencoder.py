@@ -47,13 +47,13 @@ def digits_vq() -> Config:
 
 
 def mnist() -> Config:
-    """MNIST padded to 32x32 by resizing, f = 4: half an hour of a laptop's CPU, minutes of a GPU."""
+    """MNIST at 32x32 as 8x8 latents of 3 channels: a quarter of an hour of a laptop's CPU."""
     return Config(
         data=DataConfig(name="mnist", image_size=32),
-        autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2, 2), blocks=1, latent=3, groups=8),
-        loss=LossConfig(adversarial_start=1500, critic_channels=32, critic_strided=2),
+        autoencoder=AutoencoderConfig(channels=16, multipliers=(1, 2, 4), blocks=1, latent=3, groups=8),
+        loss=LossConfig(adversarial_start=1000, critic_channels=32, critic_strided=2),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, schedule="cosine", b2=0.99),
-        train=TrainConfig(steps=3000, batch_size=64, ema_decay=0.999, sample_every=500, checkpoint_every=500),
+        train=TrainConfig(steps=2000, batch_size=64, ema_decay=0.998, sample_every=500, checkpoint_every=500),
         eval=JudgeConfig(samples=2000),
     )
 

@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 # Before either starts.  torch needs its share of the accelerator's memory; and its idle OpenMP threads must sleep
@@ -74,10 +74,10 @@ class Pair(NamedTuple):
     parameters: int
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Flags of both benchmarks."""
+def parser(description: str, sizes: Iterable[str] = SIZES) -> argparse.ArgumentParser:
+    """Flags of the benchmarks of networks."""
     flags = argparse.ArgumentParser(description=description.splitlines()[0])
-    flags.add_argument("--size", choices=sorted(SIZES), default="cifar10")
+    flags.add_argument("--size", choices=sorted(sizes), default="cifar10")
     flags.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     flags.add_argument("--batch", type=int, default=8)
     flags.add_argument("--repeats", type=int, default=5, help="interleaved; medians are printed")
@@ -184,6 +184,7 @@ def compare(
     samples: int,
     flops: float,
     dtype: str,
+    counted: str = "XLA's count",
     share: Mapping[str, float] = types.MappingProxyType({}),
 ) -> dict[str, Result]:
     """Measures `programs` beside the machine's matrix products, prints a table and returns seconds per unit.
@@ -191,7 +192,7 @@ def compare(
     Args:
         programs: the first is what the others are compared with.
         units: steps or calls that one program does.
-        samples, flops: samples and floating-point operations of one unit.
+        samples, flops: samples and floating-point operations of one unit; `counted`: by whom.
         share: how often programs do these operations, where it is not once.
     """
     work = {name: flops * units * share.get(name, 1.0) for name in programs}
@@ -203,7 +204,7 @@ def compare(
     seconds = measure(everything, repeats)
     peak = max(work[name] / seconds[name].median for name in work if name.startswith(f"matmul {dtype}"))
 
-    print(f"\n{title}, {flops / 1e9:.1f} GFLOP by XLA's count; {repeats} interleaved repeats")
+    print(f"\n{title}, {flops / 1e9:.1f} GFLOP by {counted}; {repeats} interleaved repeats")
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores ({platform.machine()}), "
         f"jax {jax.__version__}, torch {need('torch').__version__}"

@@ -59,7 +59,7 @@ def digits() -> Config:
     return Config(
         network="dit",
         data=DataConfig(name="digits"),
-        dit=DiTConfig(width=96, depth=4, heads=4),
+        dit=DiTConfig(width=96, depth=4, heads=4, unroll=True),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=100, schedule="cosine"),
         train=TrainConfig(steps=1500, ema_decay=0.995, sample_every=500, checkpoint_every=500),
         sample=SampleConfig(guidance=1.5),

@@ -63,7 +63,7 @@ def digits() -> Config:
         data=DataConfig(name="digits"),
         latents=LatentsConfig(model="runs/autoencoder/digits"),
         unet=UNetConfig(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), groups=8),
-        dit=DiTConfig(width=96, depth=4, heads=4, patch=1),
+        dit=DiTConfig(width=96, depth=4, heads=4, patch=1, unroll=True),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine"),
         train=TrainConfig(steps=1500, ema_decay=0.995, sample_every=500, checkpoint_every=500),
         sample=SampleConfig(guidance=1.5),

@@ -211,3 +211,23 @@ def test_compression(tmp_path):
     assert found["f8_vq"]["latent"] == [1, 1, 4]
     assert all(row["ms_per_sample"] > 0 and row["frechet"] > 0 for row in found.values())
     assert len((tmp_path / "compression.md").read_text().splitlines()) == 4
+
+
+def test_averages_of_any_width_after_training(tmp_path, capsys):
+    """Snapshots are kept on the way; afterwards a width that was stored is the state's own average of that width."""
+    run(dit, tmp_path, *DIFFUSION, "--config.train.steps=4", "--config.train.profiles_every=2")
+    assert sorted(path.name for path in (tmp_path / "profiles").iterdir() if path.name.isdigit()) == ["2", "4"]
+    opened = _open(dit, tmp_path)
+    current = images.restored_state(opened)
+    opened.config.sample.ema_width = 0.1
+    found = images.averaged(opened, current)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, current.profiles[1])
+    run(dit, tmp_path, "--mode=eval", "--config.sample.ema_width=0.15", "--config.eval.bound_images=0")
+    assert "FD-MLP-digits" in capsys.readouterr().out
+
+
+def test_a_width_without_snapshots_is_named(coded, tmp_path, capsys):
+    run(dit, tmp_path, *DIFFUSION, "--config.train.steps=1")
+    with pytest.raises(SystemExit):
+        run(dit, tmp_path, "--mode=sample", "--config.sample.ema_width=0.1")
+    assert "train with profiles" in capsys.readouterr().err

@@ -56,6 +56,7 @@ class DiT(nn.Module):
         norm_eps: of the layer norms.
         dtype: of products and attention; parameters, norms, softmax and conditioning are float32.
         remat: what the backward pass computes again: nothing, all but products ("dots"), or the whole of each block.
+        unroll: a scan whose steps are written out: longer to compile, faster on a CPU, where a loop copies much.
         scan: one block compiled for all, parameters stacked [depth, ...] in "blocks"; else block_0, block_1, ...
     """
 
@@ -73,6 +74,7 @@ class DiT(nn.Module):
     norm_eps: float = 1e-6
     dtype: DTypeLike = jnp.float32
     remat: Remat = "none"
+    unroll: bool = False
     scan: bool = True
 
     @nn.compact
@@ -123,14 +125,19 @@ class DiT(nn.Module):
         if self.remat != "none":
             dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             policy = dots if self.remat == "dots" else None
-            block = nn.remat(block, policy=policy, prevent_cse=not self.scan)
+            block = nn.remat(block, policy=policy, prevent_cse=self.unroll or not self.scan)
         fields = {
             name: getattr(self, name)
             for name in ("width", "heads", "mlp_ratio", "conditioning", "qk_norm", "norm_eps", "dtype")
         }
         if self.scan:
             scanned = nn.scan(
-                block, {"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.depth
+                block,
+                {"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.depth,
+                unroll=self.depth if self.unroll else 1,
             )
             return scanned(**fields, name="blocks")(h, told, turns)[0]
         for i in range(self.depth):

@@ -274,8 +274,11 @@ def initial_state(session: Session) -> TrainState:
     optimizer = make_optimizer(config)
     frozen = None if model.perceptual is None else {"lpips": model.perceptual[1]}
     extra = None if model.codes is None else codebook.create(model.codes, config.autoencoder.latent)
-    fresh = state.create(init(model, jax.random.fold_in(key, 1)), optimizer, key, frozen=frozen, extra=extra)
-    return mesh.place(session.devices, fresh)
+
+    def make():
+        return state.create(init(model, jax.random.fold_in(key, 1)), optimizer, key, frozen=frozen, extra=extra)
+
+    return mesh.initialise(session.devices, make)
 
 
 def restored_state(session: Session) -> TrainState:

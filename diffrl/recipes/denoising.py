@@ -53,6 +53,13 @@ class SampleConfig:
     )
     guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
     clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]; pixels only", free=True)
+    ema_width: float = leaf(
+        0.0,
+        "sigma_rel of the average to draw with, from a run with train.profiles_every; 0 = train.ema_decay's",
+        free=True,
+        at_least=0,
+        at_most=0.288,
+    )
     batch: int = leaf(256, "samples drawn at a time", free=True, at_least=1)
     count: int = leaf(100, "samples that --mode=sample draws, classes in turn", free=True, at_least=1)
     seed: int = leaf(0, "of the samples", free=True)

@@ -33,7 +33,7 @@ def train(session: images.Session) -> None:
     generate = session.generator(key)
     current = images.train(session)
     labels, num = images.class_labels(session.model, COLUMNS)
-    made = generate(current.ema, labels, num)
+    made = generate(images.averaged(session, current), labels, num)
     grids.save_png(session.workdir / "samples.png", images.labelled_grid(session, made, labels, COLUMNS))
     images.plot_loss(session)
     score(session, current, held_out, bound=False)
@@ -45,7 +45,7 @@ def sample(session: images.Session) -> None:
     count, classes = session.config.sample.count, session.model.num_classes
     labels = None if classes is None else np.sort(np.resize(np.arange(classes, dtype=np.int32), count))
     key = jax.random.key(session.config.sample.seed)
-    made = session.generator(key)(current.ema, labels, count)
+    made = session.generator(key)(images.averaged(session, current), labels, count)
     shown = pictured(labels, count)
     picture = images.labelled_grid(session, made[shown], None if labels is None else labels[shown], min(COLUMNS, count))
     grids.save_png(session.workdir / "samples.png", picture)
@@ -72,10 +72,11 @@ def score(session: images.Session, current: TrainState, held_out: Source | None,
     """Measures, prints and writes eval.json, beside what it holds of the same step already."""
     if held_out is None:
         return
-    measured = {"step": int(current.step), **scores.judge_samples(session, current.ema, held_out)}
+    params = images.averaged(session, current)
+    measured = {"step": int(current.step), **scores.judge_samples(session, params, held_out)}
     if bound and session.codec is None:  # latents have a density of their own, which says nothing about pixels
-        measured |= bits.variational_bound(session, current.ema, held_out)
-        measured |= bits.exact(session, current.ema, held_out)
+        measured |= bits.variational_bound(session, params, held_out)
+        measured |= bits.exact(session, params, held_out)
     if jax.process_index() == 0:
         path = session.workdir / "eval.json"
         before = json.loads(path.read_text()) if path.exists() else {}

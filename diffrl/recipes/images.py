@@ -23,7 +23,7 @@ from diffrl.recipes.judging import JudgeConfig, check_images
 from diffrl.recipes.latents import Codec, LatentsConfig
 from diffrl.recipes.networks import DiTConfig, UNetConfig
 from diffrl.recipes.training import TrainConfig, Training
-from diffrl.train import hooks, mesh, optim, state, step
+from diffrl.train import hooks, mesh, optim, post_hoc, state, step
 from diffrl.train.checkpoint import Checkpoints
 from diffrl.train.mesh import MeshConfig
 from diffrl.train.optim import OptimConfig
@@ -213,22 +213,52 @@ def open_trained(workdir: str) -> Session:
     return open_session(from_dict(ImageConfig(), saved["config"]), Run(path, "sample", saved["preset"]))
 
 
-def initial_state(session: Session) -> TrainState:
-    """A fresh state, spread over the devices."""
+def _fresh(session: Session) -> Callable[[], TrainState]:
+    """Makes a fresh state."""
     config, model = session.config, session.model
     key = jax.random.key(config.seed)
     optimizer = optim.make(config.optim, config.train.steps)
     frozen = {"normaliser": session.codec.normaliser} if session.codec else None
-    fresh = state.create(model.init(jax.random.fold_in(key, 1)), optimizer, key, frozen=frozen)
-    return mesh.place(session.devices, fresh)
+    profiles = len(post_hoc.STORED) if config.train.profiles_every else 0
+
+    def make():
+        params = model.init(jax.random.fold_in(key, 1))
+        return state.create(params, optimizer, key, frozen=frozen, profiles=profiles)
+
+    return make
+
+
+def initial_state(session: Session) -> TrainState:
+    """A fresh state, made where it shall lie."""
+    return mesh.initialise(session.devices, _fresh(session))
 
 
 def restored_state(session: Session) -> TrainState:
     """The newest checkpoint's state, for sampling and evaluation; raises UserError where there is none."""
-    restored = session.checkpoints.restore(initial_state(session))
+    restored = session.checkpoints.restore(mesh.abstract(session.devices, _fresh(session)))
     if restored is None:
         raise UserError(f"{session.workdir} has no checkpoint yet: train first (--mode=train)")
     return restored[0]
+
+
+def averaged(session: Session, current: TrainState) -> Any:
+    """The parameters to draw with: the state's average, or with `sample.ema_width` one of that width, from snapshots.
+
+    Raises UserError where the run has kept none.
+    """
+    width = session.config.sample.ema_width
+    if not width:
+        return current.ema
+    snapshots = open_profiles(session)
+    try:
+        return post_hoc.reconstruct(snapshots, current.params, width)
+    finally:
+        snapshots.close()
+
+
+def open_profiles(session: Session) -> Checkpoints:
+    """Where the run keeps its averages of power functions."""
+    return Checkpoints(session.workdir / "profiles", keep=None)
 
 
 def job(session: Session) -> Training:
@@ -252,8 +282,16 @@ def train(session: Session, every: Sequence[hooks.Hook] = ()) -> TrainState:
     """Trains to the end, from the newest checkpoint if there is one; every: hooks beside the grids of samples."""
     fresh = initial_state(session)
     print(describe(session, fresh), file=sys.stderr)
-    grids_too = [grid_hook(session)] if session.config.train.sample_every else []
-    return training.train(job(session), fresh, [*every, *grids_too])
+    settings = session.config.train
+    grids_too = [grid_hook(session)] if settings.sample_every else []
+    if not settings.profiles_every:
+        return training.train(job(session), fresh, [*every, *grids_too])
+    snapshots = open_profiles(session)
+    try:
+        save = post_hoc.snapshots_every(settings.profiles_every, snapshots, inner=settings.inner)
+        return training.train(job(session), fresh, [*every, save, *grids_too])
+    finally:
+        snapshots.close()
 
 
 def price(config: ImageConfig, model: Model) -> float:

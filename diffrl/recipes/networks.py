@@ -47,6 +47,7 @@ class DiTConfig:
     qk_norm: bool = False
     dtype: str = leaf("float32", "of products and attention: float32, or bfloat16 on GPU and TPU")
     remat: str = leaf("none", "what the backward pass computes again: none, dots (all but products) or full", free=True)
+    unroll: bool = leaf(False, "write the scan over blocks out: longer to compile, faster on a CPU", free=True)
 
 
 def make_unet(config: UNetConfig, channels: int, num_classes: int | None, shape: tuple[int, ...]) -> UNet:

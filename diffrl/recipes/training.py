@@ -29,6 +29,11 @@ class TrainConfig:
     inner: int = leaf(1, "updates per dispatch", free=True, at_least=1)
     ema_decay: float = leaf(0.9999, at_least=0, below=1)
     ema_warmup: bool = leaf(True, "average over less while the run is young")
+    profiles_every: int = leaf(
+        0,
+        "updates between snapshots for averages whose width is chosen later; 0 = none",
+        at_least=0,
+    )
     log_every: int = leaf(50, free=True, at_least=1)
     sample_every: int = leaf(1000, "updates between grids of samples; 0 = none", free=True, at_least=0)
     checkpoint_every: int = leaf(1000, free=True, at_least=1)

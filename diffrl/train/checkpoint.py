@@ -31,14 +31,14 @@ class Checkpoints:
 
     Args:
         folder: where they lie; made if it is absent.
-        keep: how many to keep; older ones go once a newer one is whole.
+        keep: how many to keep; older ones go once a newer one is whole.  None: all.
 
     Raises:
         UserError: the folder cannot be made.
     """
 
     def __init__(self, folder, keep=3):
-        if keep < 1:
+        if keep is not None and keep < 1:
             raise UserError(f"keep={keep} checkpoints: keep at least 1")
         self.folder, self.keep = pathlib.Path(folder).absolute(), keep
         try:
@@ -67,6 +67,10 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps of all finished checkpoints, ascending."""
         return sorted(int(path.name) for path in self._folders() if manifest.sealed(path))
+
+    def has(self, step) -> bool:
+        """Whether the checkpoint of a step is finished; every process gets the same answer."""
+        return bool(mesh.first_process_decides(lambda: step in self.steps()))
 
     def save(self, step, state, data_state=None):
         """Starts to save; returns as soon as the arrays are copied, so that the state may then be donated.
@@ -102,20 +106,24 @@ class Checkpoints:
             raise self._failed(path, error) from error
         self._pending = self._thread.submit(self._finish, path, contents)
 
-    def restore(self, like):
-        """The newest readable checkpoint as (state, data_state), or None if there is none.
+    def restore(self, like, step=None):
+        """The newest readable checkpoint, or that of one step, as (state, data_state); None if there is none at all.
 
         The state fits any devices; the data_state is None if another number of processes saved it.  A damaged
         checkpoint is renamed to `<step>.corrupt`, which is said on stderr, and the one before it is tried.
 
         Args:
             like: a TrainState of arrays or jax.ShapeDtypeStructs; gives structure, dtypes and shardings.
+            step: that of a finished checkpoint; None: the newest.
 
         Raises:
-            UserError: the checkpoint holds another model.
+            UserError: the checkpoint holds another model, or that of `step` is absent or damaged.
         """
         self.wait()
-        step = mesh.first_process_decides(self._newest_whole)
+        if step is not None:
+            self._check_whole(step)
+        else:
+            step = mesh.first_process_decides(self._newest_whole)
         if step < 0:
             return None
         path = self.folder / str(step)
@@ -165,7 +173,7 @@ class Checkpoints:
                 return
             manifest.write_json(path / "contents.json", contents)
             manifest.seal(path)
-            oldest = self.steps()[-self.keep :][0]
+            oldest = self.steps()[-self.keep :][0] if self.keep is not None else -1
             for old in self._folders():
                 if int(old.name) < oldest:
                     manifest.unseal(old)
@@ -197,6 +205,14 @@ class Checkpoints:
             else:
                 return int(path.name)
         return -1
+
+    def _check_whole(self, step):
+        """Raises UserError, on every process, if a step has no checkpoint or a damaged one."""
+        path = self.folder / str(step)
+        if not self.has(step):
+            raise UserError(f"there is no checkpoint {path}: choose from {', '.join(map(str, self.steps())) or 'none'}")
+        if mesh.first_process_decides(lambda: manifest.damage(path) is not None):
+            raise UserError(f"checkpoint {path} is damaged ({manifest.damage(path)}): choose another step")
 
     def _read(self, path, like):
         """The state at `path` in the structure, dtypes and shardings of `like`."""

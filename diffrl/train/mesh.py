@@ -1,9 +1,9 @@
 """The only place that knows devices: meshes, shardings, and the ways to map a pure step over them.
 
 The usual form is `compile_step(global_step(update), mesh, state)`: one program for the global batch, batches split over
-the axes "data" and "fsdp", the state replicated or, over "fsdp", split as well (ZeRO, arXiv:1910.02054, as XLA's
-partitioner does it).  `shard_map_step` and `pmap_step` map the same update by hand, with a mean over devices as its
-`reduce`; they exist for those who want the collectives explicit.
+the axes "data" and "fsdp", the state replicated over "data" and split over "fsdp" and "tensor" as `rules` says; the
+collectives are those that XLA's partitioner finds.  `shard_map_step` and `pmap_step` map the same update by hand, with
+a mean over devices as its `reduce`; they exist for those who want the collectives explicit.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from diffrl.config_leaf import leaf
 from diffrl.errors import UserError
+from diffrl.train import rules
 from diffrl.train.state import batch_keys
 from diffrl.train.step import batch_size, repeat
 
@@ -35,7 +36,8 @@ class MeshConfig:
     Attributes:
         data: splits the batch, replicates the state.
         fsdp: splits the batch and the state.
-        tensor: reserved for networks that split their own layers; the rest is replicated over it.
+        tensor: splits the heads of attention and the hidden channels of residual blocks and MLPs, state and work
+            alike (see `rules`); choose a divisor of the heads, and few devices that are close to one another.
     """
 
     # Where a run goes on, and on how many devices, does not change what it computes.
@@ -112,20 +114,33 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None) -> jax.sharding.Mesh:
 
 
 def state_sharding(mesh, state, small=SMALL):
-    """A tree of shardings for a state: leaves above `small` elements are split over "fsdp", all others replicated.
+    """A tree of shardings for a state: leaves above `small` elements as `rules.axes` says, all others replicated."""
 
-    The axis to split is the largest that the mesh divides; a leaf without one stays whole.
+    def sharding(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, P(*rules.axes(name, leaf.shape, mesh.shape)) if leaf.size > small else P())
+
+    return jax.tree.map_with_path(sharding, state)
+
+
+def abstract(mesh, make_state, small=SMALL):
+    """What `initialise` would make, as jax.ShapeDtypeStructs with shardings: all that `Checkpoints.restore` needs."""
+    shapes = jax.eval_shape(make_state)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_sharding(mesh, shapes, small),
+    )
+
+
+def initialise(mesh, make_state, small=SMALL):
+    """`make_state()`, made where it shall lie: no device ever holds more of the state than its own part.
+
+    Args:
+        make_state: a function without arguments that jit can trace, e.g. `lambda: state.create(init(key), ...)`.
     """
-    parts = mesh.shape["fsdp"]
-
-    def sharding(leaf):
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
-        if parts == 1 or leaf.size <= small or not axes:
-            return NamedSharding(mesh, P())
-        split = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(mesh, P(*[None] * split, "fsdp"))
-
-    return jax.tree.map(sharding, state)
+    spread = state_sharding(mesh, jax.eval_shape(make_state), small)
+    return jax.jit(make_state, out_shardings=spread)()
 
 
 def place(mesh, state, small=SMALL):
@@ -186,8 +201,13 @@ def compile_step(step, mesh, state, *, inner=False, small=SMALL):
         inner: whether batches are [k, B, ...].
     """
     spread = state_sharding(mesh, state, small)
+
+    def on_mesh(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which tells `step` how its parameters lie
+            return step(state, batch)
+
     return jax.jit(
-        step,
+        on_mesh,
         in_shardings=(spread, batch_sharding(mesh, inner)),
         out_shardings=(spread, NamedSharding(mesh, P())),
         donate_argnums=0,

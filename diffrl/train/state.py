@@ -42,6 +42,7 @@ class TrainState(NamedTuple):
         key: a typed key; constant.
         frozen: weights that losses read and nothing changes (a reference policy, an autoencoder), or None.
         extra: state that losses replace without a gradient (a codebook, running statistics), or None.
+        profiles: a tuple of more averages of the parameters (see `post_hoc`), or None.
     """
 
     step: jax.Array
@@ -51,9 +52,10 @@ class TrainState(NamedTuple):
     key: jax.Array
     frozen: Any = None
     extra: Any = None
+    profiles: Any = None
 
 
-def create(params, optimizer, key, *, ema=True, frozen=None, extra=None) -> TrainState:
+def create(params, optimizer, key, *, ema=True, frozen=None, extra=None, profiles=0) -> TrainState:
     """A state at step 0 whose arrays are copies, so that donating it leaves the arguments alive.
 
     Args:
@@ -62,10 +64,23 @@ def create(params, optimizer, key, *, ema=True, frozen=None, extra=None) -> Trai
         key: a typed key (`jax.random.key(seed)`).
         ema: whether to keep an average of the parameters; it starts as a float32 copy of them.
         frozen, extra: see `TrainState`.
+        profiles: how many averages of power functions to keep, e.g. `len(post_hoc.STORED)`; they start so as well.
     """
     params, key, frozen, extra = jax.tree.map(lambda x: jnp.array(x, copy=True), (params, key, frozen, extra))
-    average = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params) if ema else None
-    return TrainState(jnp.zeros((), jnp.int32), params, average, optimizer.init(params), key, frozen, extra)
+
+    def average():
+        return jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=average() if ema else None,
+        opt_state=optimizer.init(params),
+        key=key,
+        frozen=frozen,
+        extra=extra,
+        profiles=tuple(average() for _ in range(profiles)) or None,
+    )
 
 
 def step_key(state, purpose):

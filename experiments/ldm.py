@@ -46,7 +46,8 @@ class CompressionConfig:
     kinds: tuple[str, ...] = leaf(("kl", "vq"), "kl, vq")
     width: int = leaf(32, "channels of the autoencoders' first level", at_least=8)
     codes: int = leaf(256, "vq: size of the codebook", at_least=2)
-    steps: int = leaf(600, "updates of every autoencoder", at_least=1)
+    steps: int = leaf(400, "updates of every autoencoder", at_least=1)
+    diffusion_steps: int = leaf(600, "updates of every diffusion model", at_least=1)
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ def digits() -> Config:
         train=TrainConfig(steps=1500, ema_decay=0.995, sample_every=500, checkpoint_every=500),
         sample=SampleConfig(guidance=1.5),
         eval=EvalConfig(samples=359),
-        loss=LossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=300, critic_channels=32, critic_strided=1),
+        loss=LossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=200, critic_channels=32, critic_strided=1),
     )
 
 
@@ -79,7 +80,7 @@ def mnist() -> Config:
     config.latents = LatentsConfig(model="runs/autoencoder/mnist")
     config.train = TrainConfig(steps=4000, ema_decay=0.999, sample_every=1000, checkpoint_every=1000)
     config.eval = EvalConfig(samples=2000)
-    config.compression = CompressionConfig(steps=1500)
+    config.compression = CompressionConfig(steps=1500, diffusion_steps=3000)
     config.loss = LossConfig(adversarial=0.1, adversarial_start=750, critic_channels=32, critic_strided=2)
     return config
 
@@ -97,7 +98,7 @@ def cifar10() -> Config:
         ),
         sample=SampleConfig(guidance=1.5),
         eval=EvalConfig(judge="resnet"),
-        compression=CompressionConfig(width=64, steps=30_000),
+        compression=CompressionConfig(width=64, steps=30_000, diffusion_steps=60_000),
         loss=LossConfig(adversarial_start=15_000, critic_strided=2),
     )
 
@@ -179,7 +180,7 @@ def work(config: Config, coding: autoencoding.Config, run: config_lib.Run) -> di
         config,
         network="dit",
         latents=dataclasses.replace(config.latents, model=str(place)),
-        train=dataclasses.replace(config.train, sample_every=0),
+        train=dataclasses.replace(config.train, steps=config.compression.diffusion_steps, sample_every=0),
     )
     model = images.open_session(diffused, run._replace(workdir=run.workdir / "diffusion"))
     trained = images.train(model)

@@ -203,14 +203,19 @@ def test_scaling(tmp_path, capsys):
 
 def test_compression(tmp_path):
     flags = ["--config.compression.factors=(8,)", "--config.compression.channels=(4,)", "--mode=compression"]
-    flags += ["--config.compression.width=8", "--config.compression.steps=2", "--config.compression.codes=16"]
+    flags += [
+        "--config.compression.width=8",
+        "--config.compression.steps=2",
+        "--config.compression.diffusion_steps=2",
+        "--config.compression.codes=16",
+    ]
     flags += [*DIFFUSION, "--config.train.steps=2", "--config.loss.critic_channels=8"]
     run(ldm, tmp_path, *flags, makers=("compression",))
     found = json.loads((tmp_path / "compression.json").read_text())
-    assert set(found) == {"f8_kl", "f8_vq"}
+    assert set(found) == {"f8_vq"}
     assert found["f8_vq"]["latent"] == [1, 1, 4]
     assert all(row["ms_per_sample"] > 0 and row["frechet"] > 0 for row in found.values())
-    assert len((tmp_path / "compression.md").read_text().splitlines()) == 4
+    assert len((tmp_path / "compression.md").read_text().splitlines()) == 3
 
 
 def test_averages_of_any_width_after_training(tmp_path, capsys):

@@ -101,9 +101,11 @@ def test_an_interrupted_autoencoder_ends_as_an_uninterrupted_one(coded, tmp_path
     assert np.abs(trees[0].extra.codes).max() > 0
 
 
-def codec(workdir, tmp_path, flip=False):
+def codec(workdir, tmp_path, flip=False, cache=""):
     data = types.SimpleNamespace(name="digits", split="train", image_size=0, channels=0, flip=flip)
-    return latents.open_codec(latents.LatentsConfig(model=str(workdir)), data, digits("train"), tmp_path)
+    return latents.open_codec(
+        latents.LatentsConfig(model=str(workdir), cache=str(cache)), data, digits("train"), tmp_path
+    )
 
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
@@ -161,9 +163,11 @@ def _open(experiment, workdir):
 
 
 def test_another_autoencoder_is_not_mixed_up(coded, tmp_path):
-    """The same folder of latents, another autoencoder: encoded anew rather than silently wrong."""
-    first = codec(coded["kl"], tmp_path)
-    second = codec(coded["vq"], tmp_path)
+    """A run is tied to its autoencoder's weights; a folder of latents that runs share is made anew for others."""
+    first = codec(coded["kl"], tmp_path / "a", cache=tmp_path / "latents")
+    with pytest.raises(UserError, match="has changed since"):
+        codec(coded["vq"], tmp_path / "a", cache=tmp_path / "latents")
+    second = codec(coded["vq"], tmp_path / "b", cache=tmp_path / "latents")
     assert first.shape != second.shape
     assert second.source().shape == second.shape
 
@@ -202,7 +206,12 @@ def test_scaling(tmp_path, capsys):
 
 
 def test_compression(tmp_path):
-    flags = ["--config.compression.factors=(8,)", "--config.compression.channels=(4,)", "--mode=compression"]
+    flags = [
+        "--config.compression.factors=(8,)",
+        "--config.compression.channels=(4,)",
+        "--mode=compression",
+        "--config.compression.kinds=('vq',)",
+    ]
     flags += [
         "--config.compression.width=8",
         "--config.compression.steps=2",

@@ -23,7 +23,7 @@ from diffrl.data.catalog import DataConfig
 from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.pretrained import diffusers_autoencoder, taef2
-from diffrl.recipes import autoencoding
+from diffrl.recipes import autoencoding, results
 from diffrl.train import mesh
 
 Array = jax.Array
@@ -147,7 +147,9 @@ def open_codec(config: LatentsConfig, data: DataConfig, source: Source, workdir:
             f"{source.shape[-1]}: set --config.data.channels={autoencoder.image_channels}"
         )
     folder = pathlib.Path(config.cache).expanduser() if config.cache else workdir / "latents"
-    about = {"autoencoder": digest(autoencoder.params), "data": _told(data), "shape": source.shape}
+    weights = digest(autoencoder.params)
+    _bind(workdir, weights, config.model)
+    about = {"autoencoder": weights, "data": _told(data), "shape": source.shape}
     files.write(
         folder, source, make_encode(autoencoder), about, batch=_batch(config.batch), mirror=data.flip,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -157,6 +159,24 @@ def open_codec(config: LatentsConfig, data: DataConfig, source: Source, workdir:
     encoded = open_source()
     channels = encoded.shape[-1] // (2 if autoencoder.random else 1)
     return Codec(autoencoder, _measured(autoencoder, encoded), (*encoded.shape[:-1], channels), lambda: encoded)
+
+
+def _bind(workdir: pathlib.Path, weights: str, model: str) -> None:
+    """Ties a run to the weights that it began with: what it has learned means nothing in other latents.
+
+    Raises UserError where the run began with others.
+    """
+    path = workdir / "autoencoder.json"
+    began = results.load(path, {}).get("weights", weights)
+    if began != weights:
+        raise UserError(
+            f"latents.model={model} has changed since {workdir} began (weights {weights}, then {began}): "
+            "bring the old ones back, or choose another --workdir"
+        )
+    mesh.gather_json(None)  # until all processes have read it
+    if jax.process_index() == 0 and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        results.save(path, {"weights": weights, "model": model})
 
 
 def make_encode(autoencoder: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:

@@ -48,7 +48,7 @@ class AutoencoderConfig:
     middle_attention: bool = True
     latent: int = leaf(4, "channels of the latents", at_least=1)
     codes: int = leaf(512, "vq: size of the codebook", at_least=2)
-    code_decay: float = leaf(0.99, "vq: of the codebook's averages", at_least=0, below=1)
+    code_decay: float = leaf(0.99, "vq: of the codebook's averages, which forget faster while the run is young", at_least=0, below=1)
     groups: int = leaf(32, at_least=1)
     dtype: str = leaf("float32", "of convolutions and attention: float32, or bfloat16 on GPU and TPU")
     remat: bool = leaf(False, "recompute blocks in the backward pass: less memory, more time")
@@ -225,7 +225,9 @@ def _latents(config, model, params, current, x, keys, pixels):
         return config.loss.kl * kl / pixels, posterior.sample(h, fold(keys, DRAW)), {"kl": kl}, None
     quantised = codebook.quantise(current.extra.codes, h)
     key = jax.random.fold_in(keys[0], RESTART)
-    book = codebook.update(current.extra, h, quantised.indices, key, config.autoencoder.code_decay)
+    # A young encoder moves fast: codes that do not follow it soon, or start again soon, leave all data to a single one.
+    decay = jnp.minimum(config.autoencoder.code_decay, (1 + current.step) / (10 + current.step))
+    book = codebook.update(current.extra, h, quantised.indices, key, decay)
     share, perplexity = codebook.usage(quantised.indices, model.codes)
     distance = quantised.distance.mean()
     metrics = {"commitment": distance, "usage": share, "perplexity": perplexity}

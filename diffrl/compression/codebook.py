@@ -55,7 +55,9 @@ def quantise(codes: Array, z: Array) -> Quantised:
     return Quantised(z + jax.lax.stop_gradient(chosen - z), indices, distance)
 
 
-def update(book: Codebook, z: Array, indices: Array, key: Array, decay: Array | float = 0.99, dead: float = 0.03) -> Codebook:
+def update(
+    book: Codebook, z: Array, indices: Array, key: Array, decay: Array | float = 0.99, dead: float = 0.03
+) -> Codebook:
     """The codebook after a batch.
 
     Args:

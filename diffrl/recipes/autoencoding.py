@@ -48,7 +48,9 @@ class AutoencoderConfig:
     middle_attention: bool = True
     latent: int = leaf(4, "channels of the latents", at_least=1)
     codes: int = leaf(512, "vq: size of the codebook", at_least=2)
-    code_decay: float = leaf(0.99, "vq: of the codebook's averages, which forget faster while the run is young", at_least=0, below=1)
+    code_decay: float = leaf(
+        0.99, "vq: of the codebook's averages, which forget faster while the run is young", at_least=0, below=1
+    )
     groups: int = leaf(32, at_least=1)
     dtype: str = leaf("float32", "of convolutions and attention: float32, or bfloat16 on GPU and TPU")
     remat: bool = leaf(False, "recompute blocks in the backward pass: less memory, more time")

@@ -173,7 +173,7 @@ def reference(pool):
 @pytest.mark.oracle
 @pytest.mark.parametrize("pool", [False, True])
 def test_same_output(pool):
-    import torch
+    torch = pytest.importorskip("torch", reason="the [oracles] extra is not installed")
 
     model, net = reference(pool), SMALL.clone(pool=pool)
     rng = np.random.default_rng(0)

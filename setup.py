@@ -42,6 +42,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "tfds": ["tensorflow-cpu>=2.16"],  # only to *prepare* a data set once; reading needs no TensorFlow
+        "offline": ["h5py>=3.10"],  # demonstrations in D4RL's and Minari's files
         "ode": ["diffrax>=0.7"],  # probability flows to a tolerance instead of in steps
         # Other libraries' worlds for reinforcement learning.  mujoco has to be of mujoco-mjx's age, and mujoco 4 breaks
         # playground's control suite.  gymnax asks for jax < 0.12, though it runs with 0.12 too.  playground brings warp
@@ -55,7 +56,16 @@ setup(
             "mujoco-mjx==3.17.*",
             "playground>=0.2",
         ],
-        "dev": ["diffrax>=0.7", "mypy>=1.11", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.6"],
+        "dev": [
+            "diffrax>=0.7",
+            "h5py>=3.10",
+            "mujoco==3.17.*",
+            "mypy>=1.11",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+        ],
         # Reference implementations that tests compare with; never imported by the package.
         "oracles": [
             "diffusers>=0.30",

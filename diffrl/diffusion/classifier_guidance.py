@@ -94,3 +94,19 @@ def classification(process: Process, draw: Draw) -> Objective:
         return -log_prob, {"accuracy": (logits.argmax(axis=-1) == label).astype(logits.dtype)}
 
     return objective
+
+
+def regression(process: Process, draw: Draw) -> Objective:
+    """Squared error of a value of noisy data; its `model` is (x_t, t, None) -> [B].
+
+    cond: the value [B] of the clean x0.  known: as in `losses.denoising`.
+    """
+
+    def objective(model, x0, cond, keys, known=None):
+        t = draw(fold(keys, TIME))
+        xt = add_noise(process, x0, t, normal(fold(keys, NOISE), x0))
+        if known is not None:
+            xt = jnp.where(known, x0, xt)
+        return (model(xt, t, None) - cond) ** 2, {}
+
+    return objective

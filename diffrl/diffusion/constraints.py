@@ -3,6 +3,7 @@ r"""Constraints on the *state*: wrappers sampler -> sampler, and the grids that 
     in-painting   x_s <- m (alpha_s x_known + sigma_s z) + (1 - m) x_s            (Song et al., 2021, appendix I.2)
     RePaint       the same, on a grid that now and then goes up again by q(x_s | x_t), s > t  (Lugmayr et al., 2022)
     pinned        x_s <- m x_known + (1 - m) x_s, clean at every noise level      (Janner et al., 2022)
+    climbing      x_t <- x_t + s var grad J(x_t), a few times before each step     (Janner et al., 2022, algorithm 1)
     SDEdit        starts at x_t ~ q(x_t | x_guide) for some t < 1                 (Meng et al., 2022)
 
 Replacement draws the known part without a look at the unknown one, so the two agree only as far as the remaining steps
@@ -11,13 +12,16 @@ can mend; RePaint's rounds up and down a stretch of the grid are Markov chain st
 A wrapper that changes the state changes `info.mean` and `info.std` with it.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from diffrl.diffusion.process import Process, add_noise, transition
-from diffrl.diffusion.sampling import KNOWN, START, Info, Sampler, fold, normal, per_sample, sample_keys
+from diffrl.diffusion.process import Process, add_noise, expand, posterior_variance, transition
+from diffrl.diffusion.sampling import KNOWN, START, Info, Sampler, fold, normal, one_step, per_sample, sample_keys
 from diffrl.errors import UserError
 
 Array = jax.Array
@@ -101,6 +105,44 @@ def pinned(sampler: Sampler, value: Array, mask: Array) -> Sampler:
         return new._replace(x=jnp.where(mask, value, new.x)), info
 
     return Sampler(init, step)
+
+
+def climb(
+    sampler: Sampler,
+    process: Process,
+    value: Callable[[Array, Array, Any], Array],
+    scale: ArrayLike = 0.1,
+    steps: int = 2,
+    until: float = 0.0,
+    fixed: Array | None = None,
+) -> Sampler:
+    """Diffuser's guide: before each step, `steps` times up the gradient of a value, times the step's posterior variance.
+
+    value: (x_t [B, ...], t [B], cond) -> [B], to be made large.
+    scale: s; a number, or [B].
+    until: steps from times t <= until are not guided (the paper's code leaves out the last two).
+    fixed: entries that do not move, broadcasting against x; those of `pinned`, which goes around this one.
+
+    `info` is that of the step from where the climb has ended.
+
+    Raises:
+      UserError: steps below 1; from `init`, where the sampler remembers earlier steps, which were made from elsewhere.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps}: climb at least once before each step, or take the sampler as it is")
+
+    def step(keys, state, t, s, cond):
+        gradient = jax.grad(lambda x: value(x, per_sample(t, x), cond).sum())
+        size = jnp.where(t <= until, 0.0, scale * posterior_variance(process, t, s))
+
+        def up(x, _):
+            change = expand(jnp.asarray(size, x.dtype), x) * gradient(x)
+            return x + (change if fixed is None else jnp.where(fixed, 0.0, change)), None
+
+        x = jax.lax.scan(up, state.x, None, steps)[0]
+        return sampler.step(keys, state._replace(x=x), t, s, cond)
+
+    return Sampler(lambda x: one_step(sampler, x, "climb"), step)
 
 
 def sdedit_start(process: Process, key: Array, x: Array, t: ArrayLike) -> Array:

@@ -34,15 +34,37 @@ def mean_flat(x: Array) -> Array:
     return x.reshape(x.shape[0], -1).mean(axis=1)
 
 
-def denoising(process: Process, head: Head, draw: Draw, weight: Weight | None = None) -> Objective:
-    """Weighted denoising error at times from `draw` (Ho et al., 2020, eq. 14; Kingma & Gao, 2023)."""
+def weighted_mean(x: Array, weights: Array | None) -> Array:
+    """[B, ...] -> [B]: sum w x / sum w over all axes but the first; 0 where no weight is above 0.  None: `mean_flat`.
 
-    def objective(model, x0, cond, keys):
+    weights: at least 0; broadcasts against x.
+    """
+    if weights is None:
+        return mean_flat(x)
+    weights = jnp.broadcast_to(weights, x.shape).reshape(x.shape[0], -1)
+    # Where the weight is 0 the value may be anything, NaN as well.
+    total = jnp.where(weights > 0, weights * x.reshape(x.shape[0], -1), 0.0).sum(axis=1)
+    share = weights.sum(axis=1)
+    return total / jnp.where(share > 0, share, 1.0)
+
+
+def denoising(process: Process, head: Head, draw: Draw, weight: Weight | None = None) -> Objective:
+    """Weighted denoising error at times from `draw` (Ho et al., 2020, eq. 14; Kingma & Gao, 2023).
+
+    The objective takes two more arguments, which broadcast against x0 and may be None:
+    known: entries that are shown clean at every noise level and make no error, as `constraints.pinned` holds them.
+    elements: how much an entry's error counts, at least 0, in the mean over the sample.
+    """
+
+    def objective(model, x0, cond, keys, known=None, elements=None):
         t = draw(fold(keys, TIME))
         eps = normal(fold(keys, NOISE), x0)
         xt = add_noise(process, x0, t, eps)
+        if known is not None:
+            xt = jnp.where(known, x0, xt)
+            elements = jnp.where(known, 0.0, 1.0 if elements is None else elements)
         y = model(head.inputs(xt, t), t, cond)
-        error = mean_flat((y - head.target(x0, eps, t)) ** 2)
+        error = weighted_mean((y - head.target(x0, eps, t)) ** 2, elements)
         if weight is not None:
             error = error * weight(process, t) * slope(head, t) ** 2
         return error, {}

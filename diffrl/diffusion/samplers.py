@@ -31,12 +31,15 @@ from diffrl.diffusion.times import from_log_snr
 from diffrl.errors import UserError
 
 
-def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False) -> Sampler:
+def ancestral(
+    process: Process, denoise: Denoiser, interpolation: float = 0.0, learned: bool = False, temperature: float = 1.0
+) -> Sampler:
     """DDPM's sampler (Ho et al., 2020, algorithm 2).
 
     interpolation: v in [0, 1]; 0 is the posterior's variance, 1 the forward step's (DDPM's "fixed small" and "fixed
     large").
     learned: v comes with the estimate, from a denoiser made by `prediction.with_variance` (Nichol & Dhariwal, 2021).
+    temperature: factor on the noise's standard deviation; below 1 samples are likelier and less diverse.
     The step into sigma = 0 adds no noise.
     """
 
@@ -48,7 +51,7 @@ def ancestral(process: Process, denoise: Denoiser, interpolation: float = 0.0, l
         last = process.sigma(s) == 0
         small = jnp.where(last, 1.0, posterior_variance(process, t, s))
         large = jnp.where(last, 1.0, transition_variance(process, t, s))
-        std = jnp.where(last, 0.0, jnp.exp(0.5 * (v * jnp.log(large) + (1.0 - v) * jnp.log(small))))
+        std = jnp.where(last, 0.0, temperature * jnp.exp(0.5 * (v * jnp.log(large) + (1.0 - v) * jnp.log(small))))
         return State(mean + std * normal(keys, x)), Info(x0, mean, std)
 
     return Sampler(State, step)

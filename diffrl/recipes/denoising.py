@@ -51,6 +51,7 @@ class SampleConfig:
     variance: float = leaf(
         0.0, "ancestral: 0 is the posterior's variance, 1 the forward step's", free=True, at_least=0, at_most=1
     )
+    temperature: float = leaf(1.0, "ancestral: factor on the noise of its steps", free=True, at_least=0)
     guidance: float = leaf(1.0, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
     clip: bool = leaf(True, "keep the estimate of x_0 in [-1, 1]; pixels only", free=True)
     ema_width: float = leaf(
@@ -201,7 +202,9 @@ def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, 
         denoise = guidance.clip(denoise)
     mean = (lambda x, t, cond: denoise(x, t, cond)[0]) if diffusion.learned else denoise
     options = {
-        "ancestral": lambda: samplers.ancestral(diffusion.process, denoise, config.variance, diffusion.learned),
+        "ancestral": lambda: samplers.ancestral(
+            diffusion.process, denoise, config.variance, diffusion.learned, config.temperature
+        ),
         "ddim": lambda: samplers.ddim(diffusion.process, mean, config.eta),
         "euler": lambda: samplers.euler(diffusion.process, mean),
         # EDM's variable wants EDM's grid; even steps in t are far too long in it at the noisy end.

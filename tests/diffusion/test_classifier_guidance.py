@@ -215,3 +215,23 @@ def test_the_classifier_sees_noised_images_by_the_samples_own_keys():
     objective(model, x0[:5], label[:5], keys[:5])
     np.testing.assert_array_equal(seen[1][0], x[:5])
     assert not np.array_equal(x[0], x[1])
+
+
+def test_the_best_value_of_noisy_data_is_its_conditional_mean():
+    """x_0 ~ N(0, 1) and the value x_0 itself: E[x_0 | x_t] = alpha x_t, with error sigma^2 (both exact)."""
+    x0, keys = jax.random.normal(key(9), (20_000, 1)), sample_keys(key(10), 20_000)
+    objective = classifier_guidance.regression(PROCESS, times.uniform(0.3, 0.6))
+    values = x0[:, 0]
+
+    def loss(factor):
+        def model(x, t, cond):
+            assert cond is None
+            return factor * scales(PROCESS, t, t)[0] * x[:, 0]
+
+        return objective(model, x0, values, keys)[0].mean()
+
+    exact = loss(1.0)
+    assert exact < min(loss(0.9), loss(1.1))
+    np.testing.assert_allclose(exact, np.mean(np.sin(0.5 * np.pi * np.linspace(0.3, 0.6, 1001)) ** 2), rtol=0.03)
+    known = objective(lambda x, t, cond: x[:, 0], x0, values, keys, known=jnp.ones((1,), bool))[0]
+    np.testing.assert_array_equal(known, 0.0)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from diffusion_cases import CURVES, PROCESSES, blobs, key
+from diffusion_cases import CURVES, MEAN, PROCESSES, VARIANCE, blobs, key
 
-from diffrl.diffusion import constraints, mixtures, samplers, times
+from diffrl.diffusion import constraints, dpm_solver, mixtures, samplers, times
 from diffrl.diffusion.sampling import Info, Sampler, State, fold, normal, sample, sample_keys, start
 from diffrl.errors import UserError
 
@@ -196,3 +196,62 @@ def test_sdedit_turns_any_guide_into_data():
         np.testing.assert_allclose(x.mean(0), mean, atol=0.025)
         np.testing.assert_allclose(np.cov(x.T), covariance, atol=0.025)
     assert np.abs(edit(data, 0.05) - data).max() < 0.5
+
+
+# --- Diffuser's climb ------------------------------------------------------------------------------------------------
+
+
+def moments(t, s):
+    """In float64, for Gaussian data: A and B of E[x_s | x_t] = A x_t + B, and the variance of q(x_s | x_t, x_0)."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = CURVE(t), CURVE(s)
+    covariance = alpha_s * alpha_t * VARIANCE + alpha_t / alpha_s * sigma_s**2
+    slope = covariance / (alpha_t**2 * VARIANCE + sigma_t**2)
+    share = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2
+    return slope, (alpha_s - slope * alpha_t) * MEAN, sigma_s**2 * share
+
+
+def parabola(x, t, cond):
+    return -1.5 * ((x - 2.0) ** 2).sum(axis=1)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_climb_up_a_parabola_moves_the_mean_as_computed(steps):
+    """Every step of a chain whose means can be followed on paper: up the parabola, then through the posterior."""
+    data = mixtures.mixture([1.0], [[MEAN]], [[[VARIANCE]]])
+    grid, count = times.linear_grid(12, 0.9), 40_000
+    x = start(PROCESS, key(3), (count, 1), grid[0])
+    sampler = constraints.climb(ancestral(data), PROCESS, parabola, scale=0.4, steps=steps, until=0.2)
+    _, (xs, info) = jax.jit(lambda x: sample(sampler, key(4), x, grid, trace=True))(x)
+    at, mean = np.asarray(grid, np.float64), float(x.mean())
+    for n, (t, s) in enumerate(zip(at[:-1], at[1:], strict=True)):
+        slope, shift, variance = moments(t, s)
+        strength = 0.0 if t <= 0.2 else 3 * 0.4 * variance
+        before = x if n == 0 else xs[n - 1]
+        climbed = 2 + (1 - strength) ** steps * (np.asarray(before, np.float64) - 2)
+        np.testing.assert_allclose(info.mean[n], slope * climbed + shift, atol=2e-5)
+        mean = slope * (2 + (1 - strength) ** steps * (mean - 2)) + shift
+    np.testing.assert_allclose(xs[-1].mean(), mean, atol=0.01)
+    assert mean > MEAN + 0.15
+
+
+def test_climb_leaves_pinned_entries_where_they_are():
+    x = start(PROCESS, key(0), (8, 2), GRID[0])
+    value, mask = jnp.full((8, 2), 0.25), jnp.broadcast_to(FIRST, (8, 2))
+    up = constraints.climb(ancestral(blobs()), PROCESS, parabola, scale=0.5, fixed=mask)
+
+    def seen(x, t, cond):  # what the denoiser is shown
+        return mixtures.denoiser(blobs(), PROCESS)(x, t, cond) + 0 * jnp.where(x[:, :1] == 0.25, 0.0, jnp.nan)
+
+    strict = constraints.climb(samplers.ancestral(PROCESS, seen), PROCESS, parabola, scale=0.5, fixed=mask)
+    run = jax.jit(lambda x: [sample(constraints.pinned(s, value, mask), key(1), x, GRID, trace=True) for s in (up, strict)])
+    (end, (xs, info)), (same, _) = run(x)
+    np.testing.assert_array_equal(end, same)  # no NaN: the denoiser never saw another value there
+    assert (np.asarray(xs)[..., 0] == 0.25).all() and (np.asarray(info.std)[..., 0] == 0).all()
+
+
+def test_climb_needs_a_step_and_no_memory():
+    with pytest.raises(UserError, match="steps=0"):
+        constraints.climb(ancestral(blobs()), PROCESS, parabola, steps=0)
+    multistep = dpm_solver.dpmpp_2m(PROCESS, mixtures.denoiser(blobs(), PROCESS))
+    with pytest.raises(UserError, match="climb needs a one-step sampler"):
+        constraints.climb(multistep, PROCESS, parabola).init(jnp.zeros((2, 2)))

@@ -10,7 +10,7 @@ from test_prediction import HEADS
 
 from diffrl.diffusion import likelihood, losses, prediction, times
 from diffrl.diffusion import process as P
-from diffrl.diffusion.sampling import fold, sample_keys
+from diffrl.diffusion.sampling import fold, normal, sample_keys
 
 X0 = jnp.sin(jnp.arange(64.0)).reshape(16, 4)
 KEYS = sample_keys(key(11), 16)
@@ -259,3 +259,40 @@ def test_hybrid_learns_the_optimal_variance():
     learned = 0.5 * (np.asarray(train(jnp.zeros(STEPS + 1))) + 1)
     assert np.ptp(optimal) > 0.1  # the optimum is not one constant
     np.testing.assert_allclose(learned[2:], optimal, atol=0.04)
+
+
+# --- Known entries and weights of elements ---------------------------------------------------------------------------
+
+
+def partly(known, elements, x0=X0, model=None):
+    objective = losses.denoising(PROCESSES["cosine"], prediction.eps_head(PROCESSES["cosine"]), times.uniform(0.1, 0.9))
+    return objective(model or (lambda x, t, cond: x0_network(PARAMS, x, t)), x0, None, KEYS, known, elements)[0]
+
+
+def test_known_entries_are_shown_clean_and_make_no_error():
+    known, shown = jnp.zeros((16, 4), bool).at[:, 1].set(True), []
+
+    def model(x, t, cond):
+        shown.append(x)
+        return jnp.zeros_like(x).at[:, 1].set(jnp.nan)
+
+    error = partly(known, None, model=model)
+    np.testing.assert_array_equal(shown[0][:, 1], X0[:, 1])
+    assert (shown[0][:, 0] != X0[:, 0]).all()
+    noise = normal(fold(KEYS, losses.NOISE), X0)
+    np.testing.assert_allclose(error, (noise[:, np.array([0, 2, 3])] ** 2).mean(axis=1), rtol=1e-5)
+
+
+def test_weights_of_elements_are_shares_of_a_mean():
+    whole = partly(None, None)
+    np.testing.assert_allclose(partly(None, jnp.full((4,), 7.0)), whole, rtol=1e-5)
+    first, rest = (partly(None, jnp.array(w)) for w in ([1.0, 0, 0, 0], [0.0, 1, 1, 1]))
+    np.testing.assert_allclose((first + 3 * rest) / 4, whole, rtol=1e-5)
+    np.testing.assert_array_equal(partly(jnp.ones((16, 4), bool), None), 0.0)  # all is known: nothing to learn
+
+
+def test_what_has_no_weight_may_be_anything():
+    def total(w):
+        return losses.weighted_mean(jnp.stack([w, 1 / (w - w)])[None], jnp.array([1.0, 0.0])).sum()
+
+    assert float(total(jnp.float32(2.0))) == 2.0

@@ -315,3 +315,18 @@ def test_churn_refuses_a_memory():
     churned = samplers.churn(dpm_solver.dpmpp_2m(process, mixtures.denoiser(blobs(), process)), process, 0.1)
     with pytest.raises(UserError, match="churn needs a one-step sampler"):
         sample(churned, key(), jnp.zeros((2, 2)), jnp.array([0.9, 0.5]))
+
+
+def test_temperature_scales_the_noise_of_a_step_and_nothing_else():
+    keys, x = jax.random.split(key(5), 64), jax.random.normal(key(6), (64, 2))
+    process = PROCESSES["cosine"]
+
+    def step(temperature):
+        sampler = samplers.ancestral(process, lambda x, t, cond: 0.3 * x, temperature=temperature)
+        return sampler.step(keys, sampler.init(x), jnp.float32(0.6), jnp.float32(0.5), None)
+
+    (warm, info), (cool, cold) = step(1.0), step(0.5)
+    np.testing.assert_array_equal(cold.mean, info.mean)
+    np.testing.assert_allclose(cold.std, 0.5 * info.std)
+    np.testing.assert_allclose(cool.x - cold.mean, 0.5 * (warm.x - info.mean), atol=1e-6)
+    np.testing.assert_array_equal(step(0.0)[0].x, info.mean)

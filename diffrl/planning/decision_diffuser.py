@@ -1,0 +1,68 @@
+"""Decision Diffuser (Ajay et al., 2023, arXiv:2211.15657): plans are observations alone, asked for by their return.
+
+The diffusion model is told the return of a trajectory, or now and then nothing, so that classifier-free guidance can
+ask for a high one; actions come from an inverse model a = f(o, o') of two neighbouring observations.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffrl.diffusion.guidance import drop_condition
+from diffrl.diffusion.losses import Objective, weighted_mean
+from diffrl.diffusion.sampling import fold
+from diffrl.planning.plans import Space, known
+
+Array = jax.Array
+Inverse = Callable[[Array, Array], Array]  # (o [N, S], o' [N, S]) -> a [N, A], all normalised
+
+DROP = 203  # what a sample's key is folded with, beyond the purposes of `losses`
+
+
+def told(returns: Array) -> dict[str, Array]:
+    """The condition of plans whose normalised returns [B] are given."""
+    return {"value": returns[:, None], "known": jnp.ones_like(returns)}
+
+
+def untold(batch: int) -> dict[str, Array]:
+    """The condition of `batch` plans of which nothing is known: the null of classifier-free guidance."""
+    return {"value": jnp.zeros((batch, 1)), "known": jnp.zeros((batch,))}
+
+
+def objective(
+    denoising: Objective, space: Space, actions: int, drop: float = 0.25
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """(model, inverse, x [B, H, A + S], mask [B, H], returns [B], keys [B]) -> (loss [B], metrics).
+
+    The mean of both errors, as in the paper's code; the first observation is pinned.
+
+    Args:
+        denoising: `losses.denoising`.
+        space: of plans, which hold no actions.
+        actions: A, how many numbers of x are actions, first in every step.
+        drop: how often the model is told nothing.
+    """
+
+    def compute(model, inverse, x, mask, returns, keys):
+        taken, seen = x[..., :actions], x[..., actions:]
+        cond = drop_condition(fold(keys, DROP), told(returns), untold(1), drop)
+        planned, metrics = denoising(model, seen, cond, keys, known=known(space, mask, goal=False))
+        acted = inverse_error(inverse, taken, seen, mask)
+        return 0.5 * (planned + acted), {**metrics, "planning": planned, "acting": acted}
+
+    return compute
+
+
+def inverse_error(inverse: Inverse, actions: Array, observations: Array, mask: Array) -> Array:
+    """Mean squared error [B] of the actions between neighbouring observations of windows [B, H, ...]."""
+    batch, horizon, size = observations.shape
+    before, after = observations[:, :-1].reshape(-1, size), observations[:, 1:].reshape(-1, size)
+    guess = inverse(before, after).reshape(batch, horizon - 1, -1)
+    return weighted_mean((guess - actions[:, :-1]) ** 2, mask[:, 1:, None])
+
+
+def asked(target: float) -> Callable[[int], Any]:
+    """`cond` of `diffuser.planner`: plans of normalised return `target`."""
+    return lambda batch: told(jnp.full((batch,), target, jnp.float32))

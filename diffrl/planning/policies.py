@@ -1,0 +1,112 @@
+"""From plans to actions: what is done at each step of a plan, and when a new one is made.
+
+    open loop         one plan, carried out to its end and beyond
+    receding horizon  a new plan every few steps, from where the world is by then
+    warm start        the same, but from the plan before: shifted, noised part of the way and denoised again
+
+All are controllers (`rl.controllers`), so that planning, acting and the world's own steps are one compiled program.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from diffrl.diffusion.sampling import fold
+from diffrl.errors import UserError
+from diffrl.planning.decision_diffuser import Inverse
+from diffrl.planning.diffuser import Planner
+from diffrl.planning.plans import Plan, Space, unpack
+from diffrl.rl.controllers import Controller
+from diffrl.rl.environment import State
+
+Array = jax.Array
+Act = Callable[[Plan, Array, Array], Array]  # (plan [B, H, ...], its age in steps, obs [B, S]) -> actions [B, A]
+
+
+class Carry(NamedTuple):
+    """x: the plan, normalised.  plan: the same in the world's units.  age, time: steps since it was made, and in all."""
+
+    x: Array
+    plan: Plan
+    age: Array
+    time: Array
+
+
+def planned_actions(plan: Plan, age: Array, obs: Array) -> Array:
+    """The plan's own actions; the last one for ever after its end."""
+    return plan.actions[:, jnp.minimum(age, plan.actions.shape[1] - 1)]
+
+
+def towards_waypoints(plan: Plan, age: Array, obs: Array) -> Array:
+    """Diffuser's controller for Maze2D: a = (x' - x) + (v' - v) towards the next step of the plan, (x', v').
+
+    Observations are two positions and two velocities.  After its end, towards its last position, at rest.
+    """
+    last = plan.observations.shape[1] - 1
+    aim = plan.observations[:, jnp.minimum(age + 1, last)]
+    aim = jnp.where(age + 1 > last, aim.at[:, 2:].set(0.0), aim)
+    return (aim[:, :2] - obs[:, :2]) + (aim[:, 2:] - obs[:, 2:])
+
+
+def inverse_dynamics(space: Space, inverse: Inverse) -> Act:
+    """Decision Diffuser's: the action that leads from what is observed to the next step of the plan."""
+
+    def act(plan: Plan, age: Array, obs: Array) -> Array:
+        after = plan.observations[:, jnp.minimum(age + 1, plan.observations.shape[1] - 1)]
+        return space.decode_action(inverse(space.encode(obs), space.encode(after)))
+
+    return act
+
+
+def controller(
+    planner: Planner,
+    act: Act,
+    every: int = 0,
+    *,
+    goal: Callable[[State], Array] | None = None,
+    remaining: int = 0,
+) -> Controller:
+    """A controller that plans.
+
+    Args:
+        act: what is done of a plan.
+        every: steps from one plan to the next; 0: the first is the only one.
+        goal: the worlds' State -> where they are to go, as observations [B, S].
+        remaining: 0: every plan is at the goal in its last step, so that the goal moves away with the horizon.  Else
+            the goal is pinned where it was at first, H - 1 steps after the episode's begin, and once that is less than
+            `remaining` steps ahead, so many ahead; the model must have been trained with `any_arrival`.
+
+    Raises:
+        UserError: a plan that ends before the next is made, or a `remaining` outside the horizon.
+    """
+    last = planner.space.horizon - 1
+    if not 0 <= every <= last:
+        raise UserError(f"a new plan every {every} steps: a plan of {last + 1} covers {last}; choose 1 to {last}, or 0")
+    if not 0 <= remaining <= last:
+        raise UserError(f"remaining={remaining}: choose 0 to {last}, the last step of a plan")
+
+    def target(world: State) -> Any:
+        return None if goal is None else goal(world)
+
+    def made(x: Array, time: Array) -> Carry:
+        return Carry(x, unpack(planner.space, x), jnp.zeros((), jnp.int32), time)
+
+    def init(keys: Array, world: State) -> Carry:
+        # Drawn from the key that `begin` has; later plans have those of their steps.
+        return made(planner.plan(keys, world.obs, target(world), None), jnp.zeros((), jnp.int32))
+
+    def step(carry: Carry, world: State, keys: Array) -> tuple[Array, Carry]:
+        if every:
+
+            def anew() -> Carry:
+                arrival = jnp.maximum(last - carry.time, remaining) if remaining else None
+                x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age)
+                return made(x, carry.time)
+
+            carry = jax.lax.cond(carry.age >= every, anew, lambda: carry)
+        action = act(carry.plan, carry.age, world.obs)
+        return action, carry._replace(age=carry.age + 1, time=carry.time + 1)
+
+    return Controller(init, step)

@@ -1,0 +1,155 @@
+"""What planners are trained for and judged by: demonstrations, the world, and who else acts in it."""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffrl.config import leaf
+from diffrl.data import normalisers, offline, trajectories
+from diffrl.data.source import Source
+from diffrl.data.trajectories import Paths, Transitions
+from diffrl.data.windows import windows
+from diffrl.errors import UserError
+from diffrl.recipes import denoising
+from diffrl.rl import controllers, demonstrations, maze2d, mazes, waypoints
+from diffrl.rl.controllers import Controller
+from diffrl.rl.environment import Environment, State
+from diffrl.rl.mazes import Maze
+
+Array = jax.Array
+
+RANDOM_RETURN_EPISODES = 1000  # by which a maze of one's own gets the two ends of its score
+
+
+@dataclasses.dataclass
+class TaskConfig:
+    """A maze, and the demonstrations in it.
+
+    Attributes:
+        maze: umaze, medium or large, or a picture of one's own: rows of # (wall), O (free) and G (goal) with / between
+            them.
+        random_goal: every episode has a goal of its own (Diffuser's multi-task setting), else the maze's.
+        transitions: how many are made; 0: as many as D4RL has, 1, 2 and 4 million.
+        file: demonstrations to be read instead: HDF5 of D4RL or Minari, or .npz of ours.
+    """
+
+    maze: str = leaf("umaze", "umaze, medium, large, or rows of #, O and G with / between them")
+    random_goal: bool = leaf(False, "a goal of its own for every episode, instead of the maze's", free=True)
+    reward: str = leaf("sparse", "sparse or dense", free=True)
+    transitions: int = leaf(0, "demonstrated steps; 0: as many as D4RL has", at_least=0)
+    file: str = leaf("", "demonstrations to read instead: D4RL's or Minari's HDF5, or our .npz")
+    normaliser: str = leaf("limits", "limits, gaussian or cdf")
+
+
+class Task(NamedTuple):
+    """A maze that is open for business.
+
+    Attributes:
+        env: one world.  steps: of an episode.
+        reference: returns that score 0 and 100.
+        transitions, paths: demonstrations, and where they may be cut into windows.
+        rivals: others who act in it, by name.
+    """
+
+    name: str
+    maze: Maze
+    env: Environment
+    steps: int
+    reference: tuple[float, float]
+    transitions: Transitions
+    paths: Paths
+    rivals: dict[str, Controller]
+
+
+def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
+    """The task that a config names; demonstrations that are made lie in <workdir>/demonstrations.npz from then on.
+
+    Raises:
+        UserError: no such maze, or one that cannot be solved; a file that is not there or does not fit.
+    """
+    maze = mazes.parse(config.maze.replace("/", "\n"), "task.maze") if "#" in config.maze else mazes.standard(config.maze)
+    # A maze of one's own has the steps of D4RL's that is as large.
+    fields = mazes.STANDARD.get(maze.name)
+    steps = fields[1] if fields else 300 if len(maze.free) < 12 else 600 if len(maze.free) < 36 else 800
+    env = maze2d.make(maze, steps, config.reward, config.random_goal, f"maze2d-{maze.name}")
+    found = _demonstrations(config, maze, steps, workdir, seed)
+    if found.observations.shape[1:] != (4,) or found.actions.shape[1:] != (2,):
+        raise UserError(
+            f"task.file={config.file} has {found.observations.shape[1]} numbers per observation and "
+            f"{found.actions.shape[1]} per action: a maze has 4 and 2"
+        )
+    # Diffuser's paths end where the agent leaves the goal, whatever it was after.
+    exits = trajectories.goal_exits(found.observations[:, :2], np.array(maze.goal, np.float32))
+    rivals = {
+        "waypoint controller": waypoints.controller(maze),
+        "D4RL's reference": waypoints.controller(maze, stale=True),
+        "random actions": controllers.uniform(env),
+    }
+    reference = fields[2][config.reward] if fields else _reference(env, steps, rivals)
+    return Task(env.name, maze, env, steps, reference, found, trajectories.paths(exits), rivals)
+
+
+def _demonstrations(config: TaskConfig, maze: Maze, steps: int, workdir: pathlib.Path, seed: int) -> Transitions:
+    if config.file:
+        return offline.read(config.file)
+    path, count = workdir / "demonstrations.npz", config.transitions or demonstrations.SIZES.get(maze.name, 1_000_000)
+    if path.exists():
+        return trajectories.load(path)[0]
+    begin = time.monotonic()
+    made = demonstrations.maze_walk(maze, count, steps, seed)
+    found = Transitions(made.observations, made.actions, made.rewards, made.terminals, made.timeouts)
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        trajectories.save(path, found, maze=maze.name, seed=seed, made_by="diffrl's waypoint controller, noise 0.5")
+    print(f"{count:,} demonstrated steps in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    return found
+
+
+def _reference(env: Environment, steps: int, rivals: dict[str, Controller]) -> tuple[float, float]:
+    keys = jax.random.split(jax.random.key(0), RANDOM_RETURN_EPISODES)
+    low, high = (
+        float(jax.jit(controllers.execute(env, rivals[name], steps))(keys).episode_return.mean())
+        for name in ("random actions", "waypoint controller")
+    )
+    return low, high
+
+
+def make_normalisers(config: TaskConfig, task: Task) -> dict[str, normalisers.Normaliser]:
+    """Of observations and actions, as arrays of jax."""
+    kinds = {"limits": normalisers.limits, "gaussian": normalisers.gaussian, "cdf": normalisers.cdf}
+    fit = denoising.choose("task.normaliser", config.normaliser, kinds)
+    found = {"observations": fit(task.transitions.observations), "actions": fit(task.transitions.actions)}
+    return jax.tree.map(jnp.asarray, found)
+
+
+def make_source(task: Task, fitted: dict[str, normalisers.Normaliser], horizon: int, returns: Any = None) -> Source:
+    """Windows of the demonstrations; raises UserError where no path is as long as the horizon."""
+    plain = jax.tree.map(np.asarray, fitted)
+    return windows(
+        task.transitions,
+        task.paths,
+        horizon,
+        observations=plain["observations"],
+        actions=plain["actions"],
+        pad=False,
+        returns=returns,
+        name=task.name,
+    )
+
+
+def goal_observation(world: State) -> Array:
+    """Where worlds are to go, as observations [B, 4]: at the goal, at rest."""
+    return jnp.pad(world.info["goal"], ((0, 0), (0, 2)))
+
+
+def normalised(task: Task, returns: Any) -> np.ndarray:
+    """D4RL's scores of returns: 0 for random actions, 100 for its reference."""
+    low, high = task.reference
+    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+

@@ -26,9 +26,10 @@ def windows(
     actions: Normaliser,
     pad: bool,
     returns: np.ndarray | None = None,
+    stride: int = 1,
     name: str = "trajectories",
 ) -> Source:
-    """All windows of `horizon` consecutive rows inside one path, as examples in memory.
+    """All windows of `horizon` rows inside one path, consecutive or `stride` apart, as examples in memory.
 
     Args:
       transitions: N rows.
@@ -38,6 +39,7 @@ def windows(
       pad: whether a window may start at every row of a path and reach beyond its end; otherwise a path that is shorter
         than the horizon has no window.
       returns: [N], of the window that starts at each row; None leaves them out.
+      stride: from one row of a window to the next.
       name: how messages call the set.
 
     Returns:
@@ -47,18 +49,21 @@ def windows(
     Raises:
       UserError: a horizon below 1, returns of another length, or no window at all.
     """
-    if horizon < 1:
-        raise UserError(f"{name} cannot be cut into windows of {horizon} steps: the horizon must be at least 1")
+    if min(horizon, stride) < 1:
+        raise UserError(
+            f"{name} cannot be cut into windows of {horizon} steps, {stride} apart: horizon and stride must be at least 1"
+        )
     if returns is not None and returns.shape != transitions.rewards.shape:
         raise UserError(
             f"{name} has {len(transitions.rewards)} steps but returns of shape {returns.shape}: give one each"
         )
-    counts = paths.lengths if pad else np.maximum(paths.lengths - horizon + 1, 0)
+    span = (horizon - 1) * stride + 1
+    counts = paths.lengths if pad else np.maximum(paths.lengths - span + 1, 0)
     stops = np.cumsum(counts)
     if len(stops) == 0 or stops[-1] == 0:
         longest = int(paths.lengths.max(initial=0))
         remedy = "lower the horizon, or pad" if longest else "keep at least one path"
-        raise UserError(f"{name} has no window of {horizon} steps, as its longest path has {longest}: {remedy}")
+        raise UserError(f"{name} has no window of {span} steps, as its longest path has {longest}: {remedy}")
     rows = np.concatenate(
         [_normalised(actions, transitions.actions), _normalised(observations, transitions.observations)], axis=1
     )
@@ -71,6 +76,7 @@ def windows(
             last=paths.starts + paths.lengths - 1,
             stops=stops,
             horizon=horizon,
+            stride=stride,
         ),
         shape=(horizon, rows.shape[1]),
         name=name,
@@ -98,6 +104,7 @@ class _Windows:
       last: [P], last row of each path.
       stops: [P], windows in the paths up to and including each.
       horizon: rows of a window.
+      stride: from one to the next.
     """
 
     rows: np.ndarray
@@ -106,11 +113,12 @@ class _Windows:
     last: np.ndarray
     stops: np.ndarray
     horizon: int
+    stride: int
 
     def __call__(self, indices: np.ndarray) -> Batch:
         path = np.searchsorted(self.stops, indices, side="right")
         start, last = self.first[path] + indices, self.last[path, None]
-        row = start[:, None] + np.arange(self.horizon)
+        row = start[:, None] + self.stride * np.arange(self.horizon)
         inside = row <= last
         x = self.rows[np.minimum(row, last)]  # what lies behind the path is never looked at
         x[~inside] = 0

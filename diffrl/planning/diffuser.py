@@ -31,7 +31,7 @@ class Planner(NamedTuple):
     Attributes:
         space: of its plans.
         plan: (keys [B], obs [B, S], goal [B, S] or None, arrival or None) -> x [B, H, A + S], normalised.
-        again: (keys, obs, goal, arrival, x, steps) -> x: a new plan from the one of `steps` steps ago.
+        again: (keys, obs, goal, arrival, x, rows) -> x: a new plan from the one of `rows` rows ago.
     """
 
     space: Space
@@ -73,7 +73,7 @@ def objective(
     Args:
         denoising: `losses.denoising`.
         goal: plans end at a goal.
-        any_arrival: for every other window the goal's step is drawn from 1 ... H - 1, so that the goal may be pinned
+        any_arrival: for every other window the goal's row is drawn from 1 ... H - 1, so that the goal may be pinned
             anywhere; else it is the last.
         action_weight: of the first action's error, the one that is carried out (10 in the paper's locomotion).
         discount: of the error's weight from step to step.
@@ -133,10 +133,10 @@ def planner(space: Space, draws: Draws, cond: Callable[[int], Any] = lambda batc
 
         return best(keys, noise, draws.times, obs, goal, arrival)
 
-    def again(keys, obs, goal, arrival, x, steps):
+    def again(keys, obs, goal, arrival, x, rows):
         if draws.warm_times is None:
             return plan(keys, obs, goal, arrival)
-        before = shifted(x, steps)
+        before = shifted(x, rows)
 
         def noised(keys):
             wide = jnp.repeat(before, len(keys) // len(before), axis=0)

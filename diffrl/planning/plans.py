@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -14,13 +15,14 @@ def _same(x: Array) -> Array:
 
 
 class Space(NamedTuple):
-    """Plans of `horizon` steps, and the way to and from the world's units.
+    """Plans of `horizon` rows, and the way to and from the world's units.
 
     Attributes:
-        horizon: H, the first of which is the present.
+        horizon: H, rows of a plan; the first is the present.
         actions, observations: A and S, how many numbers each; A = 0 for plans of observations alone.
         encode, decode: observations [..., S] to what a network sees, and back.
         encode_action, decode_action: the same for actions [..., A].
+        stride: steps of the world from one row to the next.
     """
 
     horizon: int
@@ -30,30 +32,45 @@ class Space(NamedTuple):
     decode: Callable[[Array], Array] = _same
     encode_action: Callable[[Array], Array] = _same
     decode_action: Callable[[Array], Array] = _same
+    stride: int = 1
 
     @property
     def shape(self) -> tuple[int, int]:
         """[H, A + S]."""
         return self.horizon, self.actions + self.observations
 
+    @property
+    def span(self) -> int:
+        """Steps of the world from the first row to the last."""
+        return (self.horizon - 1) * self.stride
+
 
 class Plan(NamedTuple):
-    """In the world's units: actions [..., H, A] and observations [..., H, S]."""
+    """In the world's units and for every step of the world: actions [..., N, A] and observations [..., N, S]."""
 
     actions: Array
     observations: Array
 
 
 def unpack(space: Space, x: Array) -> Plan:
-    """x [..., H, A + S] in the world's units."""
-    return Plan(space.decode_action(x[..., : space.actions]), space.decode(x[..., space.actions :]))
+    """x [..., H, A + S] in the world's units.
+
+    Between rows, where the stride leaves some out, observations lie on straight lines and actions are held.
+    """
+    actions, seen = space.decode_action(x[..., : space.actions]), space.decode(x[..., space.actions :])
+    if space.stride == 1:
+        return Plan(actions, seen)
+    row, rest = np.divmod(np.arange(space.span + 1), space.stride)
+    share = (rest / space.stride).astype(np.float32)[:, None]
+    after = np.minimum(row + 1, space.horizon - 1)
+    return Plan(actions[..., row, :], (1 - share) * seen[..., row, :] + share * seen[..., after, :])
 
 
 def pins(space: Space, obs: Array, goal: Array | None = None, arrival: Array | int | None = None) -> tuple:
-    """(values [B, H, A + S], which entries they hold, bool of the same shape or broadcasting to it).
+    """(values [B, H, A + S], which entries they hold, bool of the same shape).
 
     obs: [B, S], where plans begin, in the world's units.
-    goal: [B, S], where they are at step `arrival` ([B] or a number; the last one if None), or None.
+    goal: [B, S], where they are in row `arrival` ([B] or a number; the last one if None), or None.
     """
     steps = jnp.arange(space.horizon)[None, :, None]
     seen = jnp.arange(space.shape[1]) >= space.actions
@@ -80,10 +97,9 @@ def known(space: Space, mask: Array, arrival: Array | int | None = None, goal: b
     return (held & seen) | (mask[:, :, None] == 0)
 
 
-def shifted(x: Array, steps: Array | int) -> Array:
-    """A plan [B, H, D] as it looks `steps` steps later: the front is cut off, the last step stands in for what lacks."""
-    rows = jnp.minimum(jnp.arange(x.shape[1]) + steps, x.shape[1] - 1)
-    return x[:, rows]
+def shifted(x: Array, rows: Array | int) -> Array:
+    """A plan [B, H, D] as it looks `rows` rows later: the front is cut off, the last row stands in for what lacks."""
+    return x[:, jnp.minimum(jnp.arange(x.shape[1]) + rows, x.shape[1] - 1)]
 
 
 def _wide(space: Space, obs: Array) -> Array:

@@ -22,7 +22,7 @@ from diffrl.rl.controllers import Controller
 from diffrl.rl.environment import State
 
 Array = jax.Array
-Act = Callable[[Plan, Array, Array], Array]  # (plan [B, H, ...], its age in steps, obs [B, S]) -> actions [B, A]
+Act = Callable[[Plan, Array, Array], Array]  # (plan [B, N, ...], its age in steps, obs [B, S]) -> actions [B, A]
 
 
 class Carry(NamedTuple):
@@ -75,17 +75,19 @@ def controller(
         every: steps from one plan to the next; 0: the first is the only one.
         goal: the worlds' State -> where they are to go, as observations [B, S].
         remaining: 0: every plan is at the goal in its last step, so that the goal moves away with the horizon.  Else
-            the goal is pinned where it was at first, H - 1 steps after the episode's begin, and once that is less than
-            `remaining` steps ahead, so many ahead; the model must have been trained with `any_arrival`.
+            the goal is pinned where it was at first, a plan's length after the episode's begin, and once that is less
+            than `remaining` steps ahead, so many ahead; the model must have been trained with `any_arrival`.
 
     Raises:
-        UserError: a plan that ends before the next is made, or a `remaining` outside the horizon.
+        UserError: a plan that ends before the next is made or between two of its rows, or a `remaining` beyond it.
     """
-    last = planner.space.horizon - 1
-    if not 0 <= every <= last:
-        raise UserError(f"a new plan every {every} steps: a plan of {last + 1} covers {last}; choose 1 to {last}, or 0")
-    if not 0 <= remaining <= last:
-        raise UserError(f"remaining={remaining}: choose 0 to {last}, the last step of a plan")
+    span, stride = planner.space.span, planner.space.stride
+    if not 0 <= every <= span:
+        raise UserError(f"a new plan every {every} steps: choose 1 to {span}, which is what a plan covers, or 0")
+    if every % stride:
+        raise UserError(f"a new plan every {every} steps: choose a multiple of {stride}, the steps between its rows")
+    if not 0 <= remaining <= span:
+        raise UserError(f"remaining={remaining}: choose 0 to {span}, the last step of a plan")
 
     def target(world: State) -> Any:
         return None if goal is None else goal(world)
@@ -101,8 +103,9 @@ def controller(
         if every:
 
             def anew() -> Carry:
-                arrival = jnp.maximum(last - carry.time, remaining) if remaining else None
-                x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age)
+                ahead = jnp.maximum(span - carry.time, remaining)
+                arrival = jnp.maximum(ahead // stride, 1) if remaining else None
+                x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age // stride)
                 return made(x, carry.time)
 
             carry = jax.lax.cond(carry.age >= every, anew, lambda: carry)

@@ -18,6 +18,7 @@ from diffrl.diffusion import guidance
 from diffrl.diffusion.process import Process
 from diffrl.diffusion.times import table_grid
 from diffrl.errors import UserError
+from diffrl.nets.temporal_transformer import TemporalTransformer
 from diffrl.nets.temporal_unet import TemporalUNet
 from diffrl.planning import decision_diffuser, diffuser
 from diffrl.planning.diffuser import Draws, Planner
@@ -51,7 +52,8 @@ class NetConfig:
 class ModelConfig:
     """What is diffused, and its loss."""
 
-    horizon: int = leaf(128, "steps of a plan", at_least=2)
+    horizon: int = leaf(128, "rows of a plan", at_least=2)
+    stride: int = leaf(1, "steps of the world from row to row", at_least=1)
     any_arrival: bool = leaf(False, "goals are pinned anywhere in half of all windows, else at the end only")
     action_weight: float = leaf(1.0, "of the first action's error", at_least=0)
     discount: float = leaf(1.0, "of the weight of the error, from step to step", above=0, at_most=1)
@@ -135,21 +137,25 @@ def make_network(config: NetConfig, outputs: int, conditions: int = 0) -> Any:
         "unet": lambda: TemporalUNet(
             outputs, config.channels, config.multipliers, conditions=conditions, dtype=dtype
         ),
+        "transformer": lambda: TemporalTransformer(
+            outputs, config.width, config.depth, config.heads, conditions=conditions, dtype=dtype
+        ),
     }
     return denoising.choose("net.kind", config.kind, makers)()
 
 
-def make_space(frozen: Any, horizon: int, actions: bool = True) -> Space:
+def make_space(frozen: Any, config: ModelConfig, actions: bool = True) -> Space:
     """The plans of a model whose normalisers lie in its state's `frozen`; actions: whether plans hold them."""
     seen, done = frozen["observations"], frozen["actions"]
     return Space(
-        horizon,
+        config.horizon,
         done.data.shape[-1] if actions else 0,
         seen.data.shape[-1],
         functools.partial(normalise, seen),
         functools.partial(unnormalise, seen),
         functools.partial(normalise, done),
         functools.partial(unnormalise, done),
+        config.stride,
     )
 
 
@@ -202,7 +208,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, int]) -> 
     network = make_network(config.net, example_shape[1])
     compute = diffuser.objective(
         diffusion.objective,
-        make_space(fitted, settings.horizon),
+        make_space(fitted, settings),
         any_arrival=settings.any_arrival,
         action_weight=settings.action_weight,
         discount=settings.discount,
@@ -220,7 +226,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, int]) -> 
 
     def planner(params, frozen):
         denoise = denoising.make_denoiser(diffusion, apply, params)
-        return diffuser.planner(make_space(frozen, settings.horizon), drawing(denoise))
+        return diffuser.planner(make_space(frozen, settings), drawing(denoise))
 
     return Model(initialiser(network, jnp.zeros((1, *example_shape)), jnp.zeros(1), None), loss, planner)
 

@@ -120,6 +120,12 @@ def _reference(env: Environment, steps: int, rivals: dict[str, Controller]) -> t
     return low, high
 
 
+def with_goals(task: Task, config: TaskConfig, random_goal: bool) -> Task:
+    """The same task with a goal of its own for every episode, or with the maze's."""
+    env = maze2d.make(task.maze, task.steps, config.reward, random_goal, task.name)
+    return task._replace(env=env)
+
+
 def make_normalisers(config: TaskConfig, task: Task) -> dict[str, normalisers.Normaliser]:
     """Of observations and actions, as arrays of jax."""
     kinds = {"limits": normalisers.limits, "gaussian": normalisers.gaussian, "cdf": normalisers.cdf}
@@ -128,8 +134,10 @@ def make_normalisers(config: TaskConfig, task: Task) -> dict[str, normalisers.No
     return jax.tree.map(jnp.asarray, found)
 
 
-def make_source(task: Task, fitted: dict[str, normalisers.Normaliser], horizon: int, returns: Any = None) -> Source:
-    """Windows of the demonstrations; raises UserError where no path is as long as the horizon."""
+def make_source(
+    task: Task, fitted: dict[str, normalisers.Normaliser], horizon: int, stride: int = 1, returns: Any = None
+) -> Source:
+    """Windows of the demonstrations; raises UserError where no path is as long."""
     plain = jax.tree.map(np.asarray, fitted)
     return windows(
         task.transitions,
@@ -139,6 +147,7 @@ def make_source(task: Task, fitted: dict[str, normalisers.Normaliser], horizon: 
         actions=plain["actions"],
         pad=False,
         returns=returns,
+        stride=stride,
         name=task.name,
     )
 

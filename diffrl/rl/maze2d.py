@@ -117,7 +117,7 @@ def make(maze: Maze, steps: int, reward: str = "sparse", random_goal: bool = Fal
 
     def render(state: State) -> Any:
         board = picture(maze, goal=np.asarray(state.info["goal"]))
-        board.circle(_turned(np.asarray(state.obs[:2])), RADIUS, drawing.INK)
+        board.circle(turned(np.asarray(state.obs[:2])), RADIUS, drawing.INK)
         return board.picture()
 
     obs = jax.ShapeDtypeStruct((4,), jnp.float32)
@@ -135,7 +135,7 @@ def anywhere(maze: Maze, key: Array) -> Array:
 # --- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def _turned(point: Any) -> tuple[float, float]:
+def turned(point: Any) -> tuple[float, float]:
     """Drawn with x downwards and y to the right, as the maze is written."""
     return float(point[1]), -float(point[0])
 
@@ -149,13 +149,13 @@ def picture(maze: Maze, goal: Any = None, paths: Any = (), colours: Any = (), pi
     left = -0.5 - OFFSET
     board = drawing.canvas(height * pixels, width * pixels, left, left + width, -(height - 0.5 - OFFSET))
     for i, j in np.argwhere(maze.walls):
-        board.box(_turned((i - OFFSET, j - OFFSET)), (1.0, 1.0), 0.0, drawing.STEEL)
+        board.box(turned((i - OFFSET, j - OFFSET)), (1.0, 1.0), 0.0, drawing.STEEL)
     if goal is not None:
-        board.circle(_turned(goal), GOAL_RADIUS / 2, drawing.AMBER)
+        board.circle(turned(goal), GOAL_RADIUS / 2, drawing.AMBER)
     for n, path in enumerate(paths):
         colour = colours[n % len(colours)] if len(colours) else drawing.TEAL
-        board.rod([_turned(point) for point in np.asarray(path)], 0.04, colour)
-        board.circle(_turned(path[0]), 0.08, colour)
+        board.rod([turned(point) for point in np.asarray(path)], 0.04, colour)
+        board.circle(turned(path[0]), 0.08, colour)
     return board
 
 

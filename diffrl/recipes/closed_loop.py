@@ -1,0 +1,175 @@
+"""What a planner is worth in its world: scores with intervals, the best checkpoint, pictures and videos."""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffrl.config import leaf
+from diffrl.evaluate import grids, plots, video
+from diffrl.planning import policies
+from diffrl.recipes import results, tasks
+from diffrl.recipes.planning import PlanConfig, Session
+from diffrl.recipes.tasks import Task
+from diffrl.rl import controllers, drawing, maze2d
+from diffrl.rl.controllers import Controller
+from diffrl.train import hooks, mesh
+
+Array = jax.Array
+SHOWN = 8  # episodes that are drawn
+FRAMES = 150  # of a video, about
+
+
+@dataclasses.dataclass
+class EvalConfig:
+    episodes: int = leaf(200, "of every policy, at the end", free=True, at_least=1)
+    watch: int = leaf(50, "episodes of the score while training", free=True, at_least=1)
+    batch: int = leaf(200, "episodes side by side", free=True, at_least=1)
+    video: bool = leaf(True, "end with a video", free=True)
+
+
+Act = Callable[[Any, Any], policies.Act]  # (params, frozen) -> how plans are carried out
+
+
+def waypoint_act(params: Any, frozen: Any) -> policies.Act:
+    """Diffuser's controller on mazes."""
+    return policies.towards_waypoints
+
+
+class Arena:
+    """Episodes of one task under a model's plans: compiled once for a number of episodes, used for any parameters."""
+
+    def __init__(self, session: Session, task: Task, plan: PlanConfig, act: Act = waypoint_act, goal: bool = True):
+        self.task, self.session, self.seed = task, session, plan.seed
+
+        def play(params, frozen, keys):
+            planner = session.model.planner(params, frozen)
+            controller = policies.controller(
+                planner, act(params, frozen), plan.every, goal=tasks.goal_observation if goal else None,
+                remaining=plan.remaining,
+            )  # fmt: skip
+
+            def keep(world, carry, action):
+                planned = carry.plan.observations[:SHOWN, :, :2]
+                return {"obs": world.obs[:SHOWN], "plan": planned, "goal": world.info["goal"][:SHOWN]}
+
+            return controllers.execute(task.env, controller, task.steps, keep)(keys)
+
+        self._play = jax.jit(play)
+
+    def run(self, params: Any, frozen: Any, count: int, purpose: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(returns [count], what was seen of the first `SHOWN` episodes, [steps, SHOWN, ...])."""
+        return _in_batches(self, lambda keys: self._play(params, frozen, keys), count, purpose)
+
+
+def _in_batches(arena: Arena, play: Callable, count: int, purpose: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Episode i has the key (seed, purpose, i), whatever the size of a batch."""
+    devices = arena.session.devices
+    parts = mesh.batch_parts(devices)
+    size = -(-min(arena.session.config.eval.batch, count) // parts) * parts
+    key = jax.random.fold_in(jax.random.key(arena.seed), purpose)
+    returns: list[np.ndarray] = []
+    shown: dict[str, np.ndarray] = {}
+    for first in range(0, count, size):
+        ids = mesh.put_global(devices, np.arange(first, first + size))
+        episodes, seen = play(jax.vmap(jax.random.fold_in, (None, 0))(key, ids))
+        shown = shown or {name: mesh.fetch(x) for name, x in seen.items()}
+        returns.append(mesh.fetch(episodes.episode_return))
+    return np.concatenate(returns)[:count], shown
+
+
+def rival_returns(arena: Arena, rival: Controller, count: int, purpose: int = 0) -> np.ndarray:
+    """Returns [count] of someone else, in the same episodes."""
+    run = jax.jit(controllers.execute(arena.task.env, rival, arena.task.steps, lambda *_: {}))
+    return _in_batches(arena, run, count, purpose)[0]
+
+
+def summary(task: Task, returns: np.ndarray) -> dict[str, float]:
+    """Mean of the normalised scores, half of its 95 % interval, and the mean return."""
+    scores = tasks.normalised(task, returns)
+    error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
+    return {"score": scores.mean(), "interval": 1.96 * error, "return": returns.mean(), "episodes": len(returns)}
+
+
+def watch(session: Session, arena: Arena) -> hooks.Hook:
+    """Now and then, the score of the averaged parameters: into curve.json, and the best into a checkpoint of its own."""
+    path, settings = session.workdir / "curve.json", session.config.train
+    begun: list[bool] = []
+
+    def hook(done, current):
+        curve = {int(step): found for step, found in results.load(path, {}).items()}
+        if not begun:  # a resumed run walks over its last steps again
+            begun.append(True)
+            curve = {step: found for step, found in curve.items() if step < done}
+        found = summary(arena.task, arena.run(current.ema, current.frozen, session.config.eval.watch, purpose=1)[0])
+        best = max((earlier["score"] for earlier in curve.values()), default=-np.inf)
+        curve[done] = found
+        results.save(path, curve)
+        session.writers.scalars(done, {"score": found["score"]})
+        if found["score"] > best and not session.best.has(done):
+            session.best.save(done, current)
+
+    return hooks.every(settings.sample_every, hook, settings.inner)
+
+
+def plot_curve(session: Session, task: Task) -> None:
+    """curve.png: score against training steps."""
+    curve = results.load(session.workdir / "curve.json", {})
+    if len(curve) > 1:
+        steps = sorted(map(int, curve))
+        series = {"score": (steps, [curve[str(step)]["score"] for step in steps])}
+        plots.curves(
+            session.workdir / "curve.png", series, "training steps", "normalised score", title=task.name, markers=True
+        )
+
+
+def speed(arena: Arena, params: Any, frozen: Any, plans: int) -> dict[str, float]:
+    """Plans per second of closed-loop control, compilation left out; `plans`: made in one episode."""
+    count = arena.session.config.eval.batch
+    arena.run(params, frozen, count)
+    begin = time.perf_counter()
+    arena.run(params, frozen, count)
+    seconds = time.perf_counter() - begin
+    return {"plans_per_s": count * plans / seconds, "episodes_per_s": count / seconds}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Names, scores with their 95 % intervals, and returns, as markdown."""
+    lines = ["| policy | score | return | episodes |", "|---|---|---|---|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row['score']:.1f} ± {row['interval']:.1f} | {row['return']:.1f} | {row['episodes']} |")
+    return "\n".join(lines)
+
+
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw(task: Task, seen: dict[str, np.ndarray], path: pathlib.Path) -> None:
+    """The first plan (teal) and the path that was walked (red) of every shown episode; dots are starts."""
+    boards = []
+    for i in range(seen["obs"].shape[1]):
+        paths = [seen["plan"][0, i], seen["obs"][:, i, :2]]
+        board = maze2d.picture(task.maze, seen["goal"][0, i], paths, (drawing.TEAL, drawing.RED))
+        boards.append(board.picture())
+    grids.save_png(path, grids.image_grid(np.stack(boards), columns=min(4, len(boards)), padding=6))
+
+
+def film(task: Task, seen: dict[str, np.ndarray], path: pathlib.Path, worlds: int = 4) -> None:
+    """The plan at hand, the path so far and the ball, of a few episodes side by side."""
+    count = len(seen["obs"])
+    every = max(1, count // FRAMES)
+    frames = []
+    for t in range(0, count, every):
+        boards = []
+        for i in range(min(worlds, seen["obs"].shape[1])):
+            paths = [seen["plan"][t, i], seen["obs"][: t + 1, i, :2]]
+            board = maze2d.picture(task.maze, seen["goal"][0, i], paths, (drawing.TEAL, drawing.RED), pixels=28)
+            board.circle(maze2d.turned(seen["obs"][t, i, :2]), 0.14, drawing.INK)
+            boards.append(board.picture())
+        frames.append(grids.image_grid(np.stack(boards), columns=2, padding=4, scale=1))
+    video.gif(path, frames, fps=25)

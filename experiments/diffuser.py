@@ -1,0 +1,165 @@
+"""Diffuser (Janner et al., 2022, arXiv:2205.09991) on Maze2D: plans are samples of a diffusion model of trajectories.
+
+    python -m experiments.diffuser                                 # U-maze: data, training, plans; minutes on two cores
+    python -m experiments.diffuser --preset=large
+    python -m experiments.diffuser --preset=umaze_paper            # the paper's recipe, for a GPU
+    python -m experiments.diffuser --config.task.maze='#####/#OOG#/#O#O#/#OOO#/#####' --workdir=runs/mine
+    python -m experiments.diffuser --mode=eval --config.plan.every=16 --config.plan.warm=0.5
+
+The default makes a million demonstrated steps, trains a U-Net on every fourth of them (32 rows span 124 steps), plans
+with all 64 steps of diffusion and walks: environment, controller and sampler are one compiled program.
+
+train: checkpoints, metrics, curve.json and curve.png (score against steps; the best checkpoint lies in best/), then
+scores.json, plans.png and plans.gif, of the last and of the best checkpoint, for the maze's goal (single-task) and for
+random ones (multi-task), beside D4RL's controller and random actions.
+eval: the same again with other episodes, or with other ways to plan (--config.plan...).
+"""
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+
+from diffrl import config as config_lib
+from diffrl.recipes import closed_loop, planning, results, tasks, training
+from diffrl.recipes.closed_loop import EvalConfig
+from diffrl.recipes.denoising import DiffusionConfig
+from diffrl.recipes.planning import ModelConfig, NetConfig, PlanConfig
+from diffrl.recipes.tasks import TaskConfig
+from diffrl.recipes.training import TrainConfig
+from diffrl.train.mesh import MeshConfig, init_distributed
+from diffrl.train.optim import OptimConfig
+
+
+def _diffusion(steps: int) -> DiffusionConfig:
+    return DiffusionConfig(process="improved", table_steps=steps, prediction="x0", times="discrete")
+
+
+@dataclasses.dataclass
+class Config:
+    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
+    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
+    diffusion: DiffusionConfig = dataclasses.field(default_factory=lambda: _diffusion(64))
+    optim: OptimConfig = dataclasses.field(
+        default_factory=lambda: OptimConfig(learning_rate=1e-3, warmup_steps=50, schedule="cosine")
+    )
+    train: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(
+            steps=2000, batch_size=32, ema_decay=0.995, sample_every=500, checkpoint_every=500
+        )
+    )
+    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    seed: int = 0
+
+
+def _small(maze: str, horizon: int, steps: int) -> Config:
+    """For two cores: every fourth step is a row of the plan."""
+    config = Config(task=TaskConfig(maze=maze), model=ModelConfig(horizon=horizon, stride=4))
+    config.train = dataclasses.replace(config.train, steps=steps, sample_every=1000, checkpoint_every=1000)
+    return config
+
+
+def medium() -> Config:
+    """64 rows span 252 steps; 10 minutes of two cores."""
+    return _small("medium", 64, 6000)
+
+
+def large() -> Config:
+    """96 rows span 380 steps; 20 minutes of two cores."""
+    return _small("large", 96, 8000)
+
+
+def _paper(maze: str, horizon: int, steps: int) -> Config:
+    """The paper's recipe: 2 M updates of 2 x 32 windows, a plan for every step, 3.7 M parameters."""
+    return Config(
+        task=TaskConfig(maze=maze),
+        net=NetConfig(),
+        model=ModelConfig(horizon=horizon),
+        diffusion=_diffusion(steps),
+        optim=OptimConfig(learning_rate=2e-4, weight_decay=0.0, clip_norm=0.0),
+        train=TrainConfig(
+            steps=2_000_000, batch_size=64, inner=100, ema_decay=0.995, sample_every=50_000, checkpoint_every=50_000,
+            log_every=1000,
+        ),
+        eval=EvalConfig(episodes=1000, batch=1000),
+    )  # fmt: skip
+
+
+def umaze_paper() -> Config:
+    """113.9 single-task and 128.9 multi-task in the paper."""
+    return _paper("umaze", 128, 64)
+
+
+def medium_paper() -> Config:
+    """121.5 single-task and 127.2 multi-task in the paper."""
+    return _paper("medium", 256, 256)
+
+
+def large_paper() -> Config:
+    """123.0 single-task and 132.1 multi-task in the paper."""
+    return _paper("large", 384, 256)
+
+
+PRESETS = {
+    "umaze": Config,
+    "medium": medium,
+    "large": large,
+    "umaze_paper": umaze_paper,
+    "medium_paper": medium_paper,
+    "large_paper": large_paper,
+}
+
+
+def main(config: Config, run: config_lib.Run) -> None:
+    task = tasks.open_task(config.task, run.workdir, config.seed)
+    fitted = tasks.make_normalisers(config.task, task)
+    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride)
+    model = planning.diffuser_model(config, fitted, source.shape)
+    session = planning.open_session(config, run, source, fitted, model)
+    arena = closed_loop.Arena(session, task, config.plan)
+    if run.mode == "train":
+        current = planning.train(session, [closed_loop.watch(session, arena)] if config.train.sample_every else [])
+        training.plot_loss(session.writers, run.workdir / "loss.png")
+        closed_loop.plot_curve(session, task)
+    else:
+        current = planning.restored(session)
+    report(session, arena, current)
+    print(f"everything lies in {run.workdir}")
+
+
+def report(session: planning.Session, arena: closed_loop.Arena, current: Any) -> None:
+    """Scores of the last and the best checkpoint in both settings, beside the others; pictures and a video."""
+    config, workdir = session.config, session.workdir
+    count, rows = config.eval.episodes, {}
+    other = tasks.with_goals(arena.task, config.task, not config.task.random_goal)
+    places = {config.task.random_goal: arena, not config.task.random_goal: closed_loop.Arena(session, other, config.plan)}
+    goals = {False: "the maze's goal", True: "random goals"}
+    best = planning.restored(session, best=True) if session.best.steps() else None
+    for random, place in places.items():
+        returns, seen = place.run(current.ema, current.frozen, count)
+        rows[f"Diffuser, {goals[random]}, step {int(current.step)}"] = closed_loop.summary(place.task, returns)
+        if best is not None and int(best.step) != int(current.step):
+            found = closed_loop.summary(place.task, place.run(best.ema, best.frozen, count)[0])
+            rows[f"Diffuser, {goals[random]}, best on the way (step {int(best.step)})"] = found
+        for name, rival in place.task.rivals.items():
+            rows[f"{name}, {goals[random]}"] = closed_loop.summary(
+                place.task, closed_loop.rival_returns(place, rival, count)
+            )
+        name = "plans_random_goals" if random else "plans"
+        closed_loop.draw(place.task, seen, workdir / f"{name}.png")
+        if config.eval.video:
+            closed_loop.film(place.task, seen, workdir / f"{name}.gif")
+    results.save(workdir / "scores.json", rows)
+    text = closed_loop.table(rows)
+    if jax.process_index() == 0:
+        (workdir / "scores.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    print(f"\nplans (teal) and what was walked (red): {workdir}/plans.png", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    config_lib.run(main, PRESETS, modes=("train", "eval"), setup=init_distributed)

@@ -16,13 +16,9 @@ eval: the same again with other episodes, or with other ways to plan (--config.p
 """
 
 import dataclasses
-import sys
-from typing import Any
-
-import jax
 
 from diffrl import config as config_lib
-from diffrl.recipes import closed_loop, planning, results, tasks, training
+from diffrl.recipes import closed_loop, planning, tasks, training
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.planning import ModelConfig, NetConfig, PlanConfig
@@ -127,38 +123,8 @@ def main(config: Config, run: config_lib.Run) -> None:
         closed_loop.plot_curve(session, task)
     else:
         current = planning.restored(session)
-    report(session, arena, current)
+    closed_loop.report(session, arena, current, "Diffuser")
     print(f"everything lies in {run.workdir}")
-
-
-def report(session: planning.Session, arena: closed_loop.Arena, current: Any) -> None:
-    """Scores of the last and the best checkpoint in both settings, beside the others; pictures and a video."""
-    config, workdir = session.config, session.workdir
-    count, rows = config.eval.episodes, {}
-    other = tasks.with_goals(arena.task, config.task, not config.task.random_goal)
-    places = {config.task.random_goal: arena, not config.task.random_goal: closed_loop.Arena(session, other, config.plan)}
-    goals = {False: "the maze's goal", True: "random goals"}
-    best = planning.restored(session, best=True) if session.best.steps() else None
-    for random, place in places.items():
-        returns, seen = place.run(current.ema, current.frozen, count)
-        rows[f"Diffuser, {goals[random]}, step {int(current.step)}"] = closed_loop.summary(place.task, returns)
-        if best is not None and int(best.step) != int(current.step):
-            found = closed_loop.summary(place.task, place.run(best.ema, best.frozen, count)[0])
-            rows[f"Diffuser, {goals[random]}, best on the way (step {int(best.step)})"] = found
-        for name, rival in place.task.rivals.items():
-            rows[f"{name}, {goals[random]}"] = closed_loop.summary(
-                place.task, closed_loop.rival_returns(place, rival, count)
-            )
-        name = "plans_random_goals" if random else "plans"
-        closed_loop.draw(place.task, seen, workdir / f"{name}.png")
-        if config.eval.video:
-            closed_loop.film(place.task, seen, workdir / f"{name}.gif")
-    results.save(workdir / "scores.json", rows)
-    text = closed_loop.table(rows)
-    if jax.process_index() == 0:
-        (workdir / "scores.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
-    print(f"\nplans (teal) and what was walked (red): {workdir}/plans.png", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,8 @@ def unpack(space: Space, x: Array) -> Plan:
 
     Between rows, where the stride leaves some out, observations lie on straight lines and actions are held.
     """
-    actions, seen = space.decode_action(x[..., : space.actions]), space.decode(x[..., space.actions :])
+    actions, seen = x[..., : space.actions], space.decode(x[..., space.actions :])
+    actions = space.decode_action(actions) if space.actions else actions
     if space.stride == 1:
         return Plan(actions, seen)
     row, rest = np.divmod(np.arange(space.span + 1), space.stride)

@@ -51,10 +51,10 @@ def towards_waypoints(plan: Plan, age: Array, obs: Array) -> Array:
 
 
 def inverse_dynamics(space: Space, inverse: Inverse) -> Act:
-    """Decision Diffuser's: the action that leads from what is observed to the next step of the plan."""
+    """Decision Diffuser's: the action that leads from what is observed to where the plan is one row later."""
 
     def act(plan: Plan, age: Array, obs: Array) -> Array:
-        after = plan.observations[:, jnp.minimum(age + 1, plan.observations.shape[1] - 1)]
+        after = plan.observations[:, jnp.minimum(age + space.stride, plan.observations.shape[1] - 1)]
         return space.decode_action(inverse(space.encode(obs), space.encode(after)))
 
     return act
@@ -63,7 +63,7 @@ def inverse_dynamics(space: Space, inverse: Inverse) -> Act:
 def controller(
     planner: Planner,
     act: Act,
-    every: int = 0,
+    every: int | Array = 0,
     *,
     goal: Callable[[State], Array] | None = None,
     remaining: int = 0,
@@ -72,7 +72,8 @@ def controller(
 
     Args:
         act: what is done of a plan.
-        every: steps from one plan to the next; 0: the first is the only one.
+        every: steps from one plan to the next; 0: the first is the only one.  Inside jit it may be an argument, so that
+            one program serves all; `check_every` then belongs outside.
         goal: the worlds' State -> where they are to go, as observations [B, S].
         remaining: 0: every plan is at the goal in its last step, so that the goal moves away with the horizon.  Else
             the goal is pinned where it was at first, a plan's length after the episode's begin, and once that is less
@@ -82,10 +83,8 @@ def controller(
         UserError: a plan that ends before the next is made or between two of its rows, or a `remaining` beyond it.
     """
     span, stride = planner.space.span, planner.space.stride
-    if not 0 <= every <= span:
-        raise UserError(f"a new plan every {every} steps: choose 1 to {span}, which is what a plan covers, or 0")
-    if every % stride:
-        raise UserError(f"a new plan every {every} steps: choose a multiple of {stride}, the steps between its rows")
+    if isinstance(every, int):
+        check_every(planner.space, every)
     if not 0 <= remaining <= span:
         raise UserError(f"remaining={remaining}: choose 0 to {span}, the last step of a plan")
 
@@ -100,16 +99,23 @@ def controller(
         return made(planner.plan(keys, world.obs, target(world), None), jnp.zeros((), jnp.int32))
 
     def step(carry: Carry, world: State, keys: Array) -> tuple[Array, Carry]:
-        if every:
+        def anew() -> Carry:
+            ahead = jnp.maximum(span - carry.time, remaining)
+            arrival = jnp.maximum(ahead // stride, 1) if remaining else None
+            x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age // stride)
+            return made(x, carry.time)
 
-            def anew() -> Carry:
-                ahead = jnp.maximum(span - carry.time, remaining)
-                arrival = jnp.maximum(ahead // stride, 1) if remaining else None
-                x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age // stride)
-                return made(x, carry.time)
-
-            carry = jax.lax.cond(carry.age >= every, anew, lambda: carry)
+        if not isinstance(every, int) or every:
+            carry = jax.lax.cond((carry.age >= every) & (every > 0), anew, lambda: carry)
         action = act(carry.plan, carry.age, world.obs)
         return action, carry._replace(age=carry.age + 1, time=carry.time + 1)
 
     return Controller(init, step)
+
+
+def check_every(space: Space, every: int) -> None:
+    """Raises UserError for plans that end before the next is made, or are left between two of their rows."""
+    if not 0 <= every <= space.span:
+        raise UserError(f"a new plan every {every} steps: choose 1 to {space.span}, which is what a plan covers, or 0")
+    if every % space.stride:
+        raise UserError(f"a new plan every {every} steps: choose a multiple of {space.stride}, the steps between its rows")

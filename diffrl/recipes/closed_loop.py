@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-import time
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +13,8 @@ import numpy as np
 from diffrl.config import leaf
 from diffrl.evaluate import grids, plots, video
 from diffrl.planning import policies
-from diffrl.recipes import results, tasks
-from diffrl.recipes.planning import PlanConfig, Session
+from diffrl.recipes import planning, results, tasks
+from diffrl.recipes.planning import PlanConfig, Session, make_space
 from diffrl.recipes.tasks import Task
 from diffrl.rl import controllers, drawing, maze2d
 from diffrl.rl.controllers import Controller
@@ -33,26 +33,19 @@ class EvalConfig:
     video: bool = leaf(True, "end with a video", free=True)
 
 
-Act = Callable[[Any, Any], policies.Act]  # (params, frozen) -> how plans are carried out
-
-
-def waypoint_act(params: Any, frozen: Any) -> policies.Act:
-    """Diffuser's controller on mazes."""
-    return policies.towards_waypoints
-
-
 class Arena:
-    """Episodes of one task under a model's plans: compiled once for a number of episodes, used for any parameters."""
+    """Episodes of one task under a model's plans: compiled once, used for any parameters and replanning interval."""
 
-    def __init__(self, session: Session, task: Task, plan: PlanConfig, act: Act = waypoint_act, goal: bool = True):
-        self.task, self.session, self.seed = task, session, plan.seed
+    def __init__(self, session: Session, task: Task, plan: PlanConfig, goal: bool = True):
+        self.task, self.session, self.plan = task, session, plan
+        policies.check_every(make_space(session.fitted, session.config.model), plan.every)
+        target = tasks.goal_observation if goal else None
 
-        def play(params, frozen, keys):
-            planner = session.model.planner(params, frozen)
-            controller = policies.controller(
-                planner, act(params, frozen), plan.every, goal=tasks.goal_observation if goal else None,
-                remaining=plan.remaining,
-            )  # fmt: skip
+        def play(params, frozen, keys, every):
+            planner, act = session.model.planner(params, frozen), session.model.act(params, frozen)
+            # Where plans are made but once, no second sampler is compiled.
+            often = every if plan.every else 0
+            controller = policies.controller(planner, act, often, goal=target, remaining=plan.remaining)
 
             def keep(world, carry, action):
                 planned = carry.plan.observations[:SHOWN, :, :2]
@@ -62,9 +55,15 @@ class Arena:
 
         self._play = jax.jit(play)
 
-    def run(self, params: Any, frozen: Any, count: int, purpose: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(returns [count], what was seen of the first `SHOWN` episodes, [steps, SHOWN, ...])."""
-        return _in_batches(self, lambda keys: self._play(params, frozen, keys), count, purpose)
+    def run(
+        self, params: Any, frozen: Any, count: int, purpose: int = 0, every: int | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """(returns [count], what was seen of the first `SHOWN` episodes, [steps, SHOWN, ...]).
+
+        every: steps from plan to plan, in place of the config's, where that is not 0.
+        """
+        often = jnp.asarray(self.plan.every if every is None else every)
+        return _in_batches(self, lambda keys: self._play(params, frozen, keys, often), count, purpose)
 
 
 def _in_batches(arena: Arena, play: Callable, count: int, purpose: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -72,7 +71,7 @@ def _in_batches(arena: Arena, play: Callable, count: int, purpose: int) -> tuple
     devices = arena.session.devices
     parts = mesh.batch_parts(devices)
     size = -(-min(arena.session.config.eval.batch, count) // parts) * parts
-    key = jax.random.fold_in(jax.random.key(arena.seed), purpose)
+    key = jax.random.fold_in(jax.random.key(arena.plan.seed), purpose)
     returns: list[np.ndarray] = []
     shown: dict[str, np.ndarray] = {}
     for first in range(0, count, size):
@@ -128,22 +127,46 @@ def plot_curve(session: Session, task: Task) -> None:
         )
 
 
-def speed(arena: Arena, params: Any, frozen: Any, plans: int) -> dict[str, float]:
-    """Plans per second of closed-loop control, compilation left out; `plans`: made in one episode."""
-    count = arena.session.config.eval.batch
-    arena.run(params, frozen, count)
-    begin = time.perf_counter()
-    arena.run(params, frozen, count)
-    seconds = time.perf_counter() - begin
-    return {"plans_per_s": count * plans / seconds, "episodes_per_s": count / seconds}
-
-
 def table(rows: dict[str, dict[str, float]]) -> str:
     """Names, scores with their 95 % intervals, and returns, as markdown."""
     lines = ["| policy | score | return | episodes |", "|---|---|---|---|"]
     for name, row in rows.items():
         lines.append(f"| {name} | {row['score']:.1f} ± {row['interval']:.1f} | {row['return']:.1f} | {row['episodes']} |")
     return "\n".join(lines)
+
+
+def report(session: Session, arena: Arena, current: Any, name: str, goal: bool = True) -> dict[str, dict[str, float]]:
+    """Scores of the last and the best checkpoint beside the others', for the maze's goal and, with `goal`, random ones.
+
+    Writes scores.json, scores.md, pictures and videos, and returns the rows of the table.
+    """
+    config, workdir = session.config, session.workdir
+    count = config.eval.episodes
+    rows: dict[str, dict[str, float]] = {}
+    places = {config.task.random_goal: arena}
+    if goal:
+        other = tasks.with_goals(arena.task, config.task, not config.task.random_goal)
+        places[not config.task.random_goal] = Arena(session, other, arena.plan)
+    best = planning.restored(session, best=True) if session.best.steps() else None
+    for random, place in places.items():
+        goals = "random goals" if random else "the maze's goal"
+        returns, seen = place.run(current.ema, current.frozen, count)
+        rows[f"{name}, {goals}, step {int(current.step)}"] = summary(place.task, returns)
+        if best is not None and int(best.step) != int(current.step):
+            label = f"{name}, {goals}, best on the way (step {int(best.step)})"
+            rows[label] = summary(place.task, place.run(best.ema, best.frozen, count)[0])
+        for who, rival in place.task.rivals.items():
+            rows[f"{who}, {goals}"] = summary(place.task, rival_returns(place, rival, count))
+        picture = "plans_random_goals" if random else "plans"
+        draw(place.task, seen, workdir / f"{picture}.png")
+        if config.eval.video:
+            film(place.task, seen, workdir / f"{picture}.gif")
+    results.save(workdir / "scores.json", rows)
+    if jax.process_index() == 0:
+        (workdir / "scores.md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+    print(f"\nplans (teal) and what was walked (red): {workdir}/plans.png", file=sys.stderr)
+    return rows
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------

@@ -15,12 +15,11 @@ from diffrl.data.catalog import DataConfig
 from diffrl.data.normalisers import normalise, unnormalise
 from diffrl.data.source import Source
 from diffrl.diffusion import guidance
-from diffrl.diffusion.process import Process
-from diffrl.diffusion.times import table_grid
 from diffrl.errors import UserError
+from diffrl.nets.perceptron import Perceptron
 from diffrl.nets.temporal_transformer import TemporalTransformer
 from diffrl.nets.temporal_unet import TemporalUNet
-from diffrl.planning import decision_diffuser, diffuser
+from diffrl.planning import decision_diffuser, diffuser, policies
 from diffrl.planning.diffuser import Draws, Planner
 from diffrl.planning.plans import Space
 from diffrl.recipes import denoising, training
@@ -85,6 +84,16 @@ class PlanConfig:
     seed: int = leaf(0, "of episodes and plans", free=True)
 
 
+@dataclasses.dataclass
+class DecisionConfig:
+    """What is particular to Decision Diffuser."""
+
+    drop: float = leaf(0.25, "how often the model is told no return in training", at_least=0, at_most=1)
+    inverse: tuple[int, ...] = leaf((256, 256), "widths of the inverse model's hidden layers", at_least=1)
+    target: float = leaf(0.9, "return that plans are asked for, as part of the demonstrations' best", free=True)
+    guidance: float = leaf(1.2, "classifier-free guidance: 0 unconditional, 1 conditional, more is stronger", free=True)
+
+
 class Model(NamedTuple):
     """What a config comes to for one task.
 
@@ -92,12 +101,13 @@ class Model(NamedTuple):
         init: key -> params.
         loss: of the training step.
         planner: (params, the state's frozen) -> Planner.
-        batch: one batch's shapes without their leading axis.
+        act: the same -> how its plans are carried out.
     """
 
     init: Callable[[Array], Any]
     loss: Callable
     planner: Callable[[Any, Any], Planner]
+    act: Callable[[Any, Any], policies.Act]
 
 
 class Session(NamedTuple):
@@ -228,7 +238,50 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, int]) -> 
         denoise = denoising.make_denoiser(diffusion, apply, params)
         return diffuser.planner(make_space(frozen, settings), drawing(denoise))
 
-    return Model(initialiser(network, jnp.zeros((1, *example_shape)), jnp.zeros(1), None), loss, planner)
+    init = initialiser(network, jnp.zeros((1, *example_shape)), jnp.zeros(1), None)
+    return Model(init, loss, planner, lambda params, frozen: policies.towards_waypoints)
+
+
+def decision_model(config: Any, fitted: Any, example_shape: tuple[int, int]) -> Model:
+    """Decision Diffuser's model of observations and its inverse model; of a config with `decision` as well."""
+    settings, asked = config.model, config.decision
+    actions, seen = (fitted[name].data.shape[-1] for name in ("actions", "observations"))
+    diffusion = denoising.make_diffusion(config.diffusion)
+    drawing = make_drawing(diffusion, config.diffusion.table_steps, config.plan)
+    network = make_network(config.net, seen, conditions=1)
+    inverse = Perceptron(actions, asked.inverse, jax.nn.relu, orthogonal=False)
+    compute = decision_diffuser.objective(
+        diffusion.objective, make_space(fitted, settings, actions=False), actions, asked.drop
+    )
+
+    def init(key):
+        keys = jax.random.split(key)
+        plans = initialiser(network, jnp.zeros((1, settings.horizon, seen)), jnp.zeros(1), decision_diffuser.untold(1))
+        return {"plans": plans(keys[0]), "inverse": initialiser(inverse, jnp.zeros((1, 2 * seen)))(keys[1])}
+
+    def apply(params, x, t, cond, keys):
+        return network.apply({"params": params["plans"]}, x, t, cond, keys)
+
+    def make_inverse(params):
+        return lambda o, after: inverse.apply({"params": params["inverse"]}, jnp.concatenate([o, after], axis=-1))
+
+    def loss(params, state, batch, keys):
+        def model(x, t, cond):
+            return apply(params, x, diffusion.network_time(t), cond, keys)
+
+        value, metrics = compute(model, make_inverse(params), batch["x"], batch["mask"], batch["returns"], keys)
+        return value.mean(), Aux({name: metric.mean() for name, metric in metrics.items()})
+
+    def planner(params, frozen):
+        denoise = denoising.make_denoiser(diffusion, apply, params)
+        guided = guidance.classifier_free(denoise, asked.guidance, decision_diffuser.untold(1))
+        space = make_space(frozen, settings, actions=False)
+        return diffuser.planner(space, drawing(guided), decision_diffuser.asked(asked.target))
+
+    def act(params, frozen):
+        return policies.inverse_dynamics(make_space(frozen, settings, actions=False), make_inverse(params))
+
+    return Model(init, loss, planner, act)
 
 
 def _fresh(session: Session) -> Callable[[], TrainState]:

@@ -18,10 +18,10 @@ import numpy as np
 from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.data import trajectories
-from diffrl.recipes import closed_loop, planning, tasks, training
+from diffrl.recipes import closed_loop, planners, planning, tasks, training
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
-from diffrl.recipes.planning import DecisionConfig, ModelConfig, NetConfig, PlanConfig
+from diffrl.recipes.planners import DecisionConfig, ModelConfig, NetConfig, PlanConfig
 from diffrl.recipes.tasks import TaskConfig
 from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import MeshConfig, init_distributed
@@ -33,7 +33,7 @@ class Config:
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
-    decision: DecisionConfig = dataclasses.field(default_factory=DecisionConfig)
+    decision: DecisionConfig = dataclasses.field(default_factory=lambda: DecisionConfig(quantile=0.9))
     return_discount: float = leaf(0.99, "of rewards, from step to step", above=0, at_most=1)
     diffusion: DiffusionConfig = dataclasses.field(
         default_factory=lambda: DiffusionConfig(process="improved", table_steps=64, prediction="x0", times="discrete")
@@ -46,9 +46,7 @@ class Config:
             steps=2000, batch_size=32, ema_decay=0.995, sample_every=1000, checkpoint_every=500
         )
     )
-    plan: PlanConfig = dataclasses.field(
-        default_factory=lambda: PlanConfig(steps=16, temperature=0.5, every=16)
-    )
+    plan: PlanConfig = dataclasses.field(default_factory=lambda: PlanConfig(steps=16, temperature=0.5, every=16))
     eval: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(episodes=100, watch=50, batch=100))
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
@@ -68,7 +66,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     source = tasks.make_source(
         task, fitted, config.model.horizon, config.model.stride, returns / max(np.abs(returns).max(), 1e-6)
     )
-    model = planning.decision_model(config, fitted, source.shape)
+    model = planners.decision_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)
     if run.mode == "train":

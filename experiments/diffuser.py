@@ -5,6 +5,7 @@
     python -m experiments.diffuser --preset=umaze_paper            # the paper's recipe, for a GPU
     python -m experiments.diffuser --config.task.maze='#####/#OOG#/#O#O#/#OOO#/#####' --workdir=runs/mine
     python -m experiments.diffuser --mode=eval --config.plan.every=16 --config.plan.warm=0.5
+    python -m experiments.diffuser --preset=hopper --config.task.actors=ACTORS.npz
 
 The default makes a million demonstrated steps, trains a U-Net on every fourth of them (32 rows span 124 steps), plans
 with all 64 steps of diffusion and walks: environment, controller and sampler are one compiled program.
@@ -16,16 +17,18 @@ eval: the same again with other episodes, or with other ways to plan (--config.p
 """
 
 import dataclasses
+from typing import Any
 
 from diffrl import config as config_lib
-from diffrl.recipes import closed_loop, planning, tasks, training
+from diffrl.recipes import closed_loop, planners, planning, robots, tasks, training
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
-from diffrl.recipes.planning import ModelConfig, NetConfig, PlanConfig
+from diffrl.recipes.planners import ModelConfig, NetConfig, PlanConfig, ValueConfig
 from diffrl.recipes.tasks import TaskConfig
 from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import MeshConfig, init_distributed
 from diffrl.train.optim import OptimConfig
+from diffrl.train.state import TrainState
 
 
 def _diffusion(steps: int) -> DiffusionConfig:
@@ -37,6 +40,7 @@ class Config:
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
+    value: ValueConfig = dataclasses.field(default_factory=ValueConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=lambda: _diffusion(64))
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=1e-3, warmup_steps=50, schedule="cosine")
@@ -100,6 +104,35 @@ def large_paper() -> Config:
     return _paper("large", 384, 256)
 
 
+def _robot(name: str) -> Config:
+    """D4RL's locomotion as the paper plans it, at a CPU's size: 32 steps, guided by a value, 20 steps of diffusion."""
+    config = Config(
+        task=TaskConfig(robot=name, transitions=200_000, normaliser="gaussian"),
+        model=ModelConfig(horizon=32, action_weight=10.0),
+        value=ValueConfig(train=True),
+        diffusion=_diffusion(20),
+        plan=PlanConfig(clip=False, candidates=4, every=1),
+        eval=EvalConfig(episodes=8, watch=4),
+    )
+    config.train = dataclasses.replace(config.train, steps=4000, sample_every=0, checkpoint_every=1000)
+    return config
+
+
+def hopper() -> Config:
+    """Our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'."""
+    return _robot("hopper")
+
+
+def halfcheetah() -> Config:
+    """See hopper."""
+    return _robot("halfcheetah")
+
+
+def walker2d() -> Config:
+    """See hopper."""
+    return _robot("walker2d")
+
+
 PRESETS = {
     "umaze": Config,
     "medium": medium,
@@ -107,24 +140,47 @@ PRESETS = {
     "umaze_paper": umaze_paper,
     "medium_paper": medium_paper,
     "large_paper": large_paper,
+    "hopper": hopper,
+    "halfcheetah": halfcheetah,
+    "walker2d": walker2d,
 }
 
 
 def main(config: Config, run: config_lib.Run) -> None:
+    (locomotion if config.task.robot else maze)(config, run)
+    print(f"everything lies in {run.workdir}")
+
+
+def maze(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     fitted = tasks.make_normalisers(config.task, task)
     source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride)
-    model = planning.diffuser_model(config, fitted, source.shape)
+    model = planners.diffuser_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan)
-    if run.mode == "train":
-        current = planning.train(session, [closed_loop.watch(session, arena)] if config.train.sample_every else [])
-        training.plot_loss(session.writers, run.workdir / "loss.png")
-        closed_loop.plot_curve(session, task)
-    else:
-        current = planning.restored(session)
+    current = trained(session, arena, run.mode)
     closed_loop.report(session, arena, current, "Diffuser")
-    print(f"everything lies in {run.workdir}")
+
+
+def locomotion(config: Config, run: config_lib.Run) -> None:
+    task = robots.open_task(config.task, run.workdir, config.seed)
+    fitted = tasks.make_normalisers(config.task, task)
+    source = robots.make_source(task, fitted, config.model.horizon, config.value.discount)
+    model = planners.diffuser_model(config, fitted, source.shape, goal=False)
+    session = planning.open_session(config, run, source, fitted, model)
+    course = robots.Course(session, task, config.plan)
+    current = trained(session, course, run.mode)
+    robots.report(session, course, current, "Diffuser")
+
+
+def trained(session: planning.Session, judge: Any, mode: str) -> TrainState:
+    """The state at the end of training, curves drawn; or the newest checkpoint's."""
+    if mode == "eval":
+        return planning.restored(session)
+    current = planning.train(session, [closed_loop.watch(session, judge)] if session.config.train.sample_every else [])
+    training.plot_loss(session.writers, session.workdir / "loss.png", ("planning", "value", "loss"))
+    closed_loop.plot_curve(session, judge.task)
+    return current
 
 
 if __name__ == "__main__":

@@ -51,7 +51,8 @@ def windows(
     """
     if min(horizon, stride) < 1:
         raise UserError(
-            f"{name} cannot be cut into windows of {horizon} steps, {stride} apart: horizon and stride must be at least 1"
+            f"{name} cannot be cut into windows of {horizon} steps, {stride} apart: "
+            "horizon and stride must be at least 1"
         )
     if returns is not None and returns.shape != transitions.rewards.shape:
         raise UserError(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from diffrl.diffusion.guidance import Scale, on_x0, scale_at
-from diffrl.diffusion.losses import NOISE, TIME, Objective
+from diffrl.diffusion.losses import NOISE, TIME, Objective, Partial
 from diffrl.diffusion.prediction import Denoiser
 from diffrl.diffusion.process import Process, add_noise, scales
 from diffrl.diffusion.sampling import fold, normal
@@ -96,7 +96,7 @@ def classification(process: Process, draw: Draw) -> Objective:
     return objective
 
 
-def regression(process: Process, draw: Draw) -> Objective:
+def regression(process: Process, draw: Draw) -> Partial:
     """Squared error of a value of noisy data; its `model` is (x_t, t, None) -> [B].
 
     cond: the value [B] of the clean x0.  known: as in `losses.denoising`.

@@ -116,7 +116,7 @@ def climb(
     until: float = 0.0,
     fixed: Array | None = None,
 ) -> Sampler:
-    """Diffuser's guide: before each step, `steps` times up the gradient of a value, times the step's posterior variance.
+    """Diffuser's guide: before each step, `steps` times up a value's gradient, times the step's posterior variance.
 
     value: (x_t [B, ...], t [B], cond) -> [B], to be made large.
     scale: s; a number, or [B].

@@ -24,6 +24,7 @@ from diffrl.diffusion.times import Draw
 Array = jax.Array
 Weight = Callable[[Process, Array], Array]
 Objective = Callable[[Model, Array, Any, Array], tuple[Array, dict[str, Array]]]
+Partial = Callable[..., tuple[Array, dict[str, Array]]]  # an Objective that takes `known`, and maybe `elements`, too
 
 # Purposes that a sample's key is split by.
 TIME, NOISE = range(2)
@@ -48,7 +49,7 @@ def weighted_mean(x: Array, weights: Array | None) -> Array:
     return total / jnp.where(share > 0, share, 1.0)
 
 
-def denoising(process: Process, head: Head, draw: Draw, weight: Weight | None = None) -> Objective:
+def denoising(process: Process, head: Head, draw: Draw, weight: Weight | None = None) -> Partial:
     """Weighted denoising error at times from `draw` (Ho et al., 2020, eq. 14; Kingma & Gao, 2023).
 
     The objective takes two more arguments, which broadcast against x0 and may be None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from diffrl.diffusion.guidance import drop_condition
-from diffrl.diffusion.losses import Objective, weighted_mean
+from diffrl.diffusion.losses import Partial, weighted_mean
 from diffrl.diffusion.sampling import fold
 from diffrl.planning.plans import Space, known
 
@@ -32,7 +32,7 @@ def untold(batch: int) -> dict[str, Array]:
 
 
 def objective(
-    denoising: Objective, space: Space, actions: int, drop: float = 0.25
+    denoising: Partial, space: Space, actions: int, drop: float = 0.25
 ) -> Callable[..., tuple[Array, dict[str, Array]]]:
     """(model, inverse, x [B, H, A + S], mask [B, H], returns [B], keys [B]) -> (loss [B], metrics).
 
@@ -63,6 +63,16 @@ def inverse_error(inverse: Inverse, actions: Array, observations: Array, mask: A
     return weighted_mean((guess - actions[:, :-1]) ** 2, mask[:, 1:, None])
 
 
-def asked(target: float) -> Callable[[int], Any]:
-    """`cond` of `diffuser.planner`: plans of normalised return `target`."""
-    return lambda batch: told(jnp.full((batch,), target, jnp.float32))
+def asked(target: float) -> Callable[[Array], Any]:
+    """`cond` of `diffuser.planner`: plans of normalised return `target`, from wherever they begin."""
+    return lambda obs: told(jnp.full(obs.shape[:1], target, jnp.float32))
+
+
+def quantile_error(guess: Array, returns: Array, quantile: float) -> Array:
+    """[B], least on average where `guess` is that quantile of the returns (Koenker & Bassett, 1978).
+
+    What can be had depends on where a plan begins.  Asked for more, guidance gives up the start: its plans jump.  So
+    the model may be asked for a high quantile of what demonstrations have had from there.
+    """
+    above = returns - guess
+    return jnp.maximum(quantile * above, (quantile - 1) * above)

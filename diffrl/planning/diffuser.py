@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffrl.diffusion.constraints import pinned, sdedit_start
-from diffrl.diffusion.losses import Objective
+from diffrl.diffusion.losses import Partial
 from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler, fold, sample, start
 from diffrl.errors import UserError
@@ -60,7 +60,7 @@ class Draws(NamedTuple):
 
 
 def objective(
-    denoising: Objective,
+    denoising: Partial,
     space: Space,
     *,
     goal: bool = True,
@@ -96,26 +96,26 @@ def _draw_arrival(key: Array, horizon: int) -> Array:
     return jnp.where(jax.random.bernoulli(which), horizon - 1, jax.random.randint(when, (), 1, horizon))
 
 
-def planner(space: Space, draws: Draws, cond: Callable[[int], Any] = lambda batch: None) -> Planner:
+def planner(space: Space, draws: Draws, cond: Callable[[Array], Any] = lambda obs: None) -> Planner:
     """A planner that samples.
 
-    cond: number of plans -> the denoiser's condition, whose leaves have so many rows.
+    cond: obs [B, S] where plans begin -> the denoiser's condition, whose leaves have so many rows.
 
     Raises:
         UserError: candidates below 1, or several and nothing to rank them by.
     """
-    count = draws.candidates
+    count, score = draws.candidates, draws.score
     if count < 1:
         raise UserError(f"candidates={count}: draw at least one plan")
-    if count > 1 and draws.score is None:
+    if count > 1 and score is None:
         raise UserError(f"candidates={count}: nothing ranks them here; take 1, or give a value")
 
     def draw(keys, x, grid, obs, goal, arrival):
         value, mask = pins(space, obs, goal, arrival)
-        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(len(obs)))
+        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(obs))
 
     def best(keys, begin, grid, obs, goal, arrival):
-        if count == 1:
+        if count == 1 or score is None:
             return draw(keys, begin(keys), grid, obs, goal, arrival)
         batch = len(keys)
         many = jax.vmap(lambda n: fold(fold(keys, CANDIDATE), n), out_axes=1)(jnp.arange(count)).reshape(-1)
@@ -123,7 +123,7 @@ def planner(space: Space, draws: Draws, cond: Callable[[int], Any] = lambda batc
         if arrival is not None:
             arrival = jnp.repeat(jnp.broadcast_to(jnp.asarray(arrival), (batch,)), count)
         x = draw(many, begin(many), grid, *wide, arrival)
-        scores = draws.score(x, wide[1]).reshape(batch, count)
+        scores = score(x, wide[1]).reshape(batch, count)
         x = x.reshape(batch, count, *space.shape)
         return jnp.take_along_axis(x, scores.argmax(1)[:, None, None, None], axis=1)[:, 0]
 

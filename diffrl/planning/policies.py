@@ -26,7 +26,7 @@ Act = Callable[[Plan, Array, Array], Array]  # (plan [B, N, ...], its age in ste
 
 
 class Carry(NamedTuple):
-    """x: the plan, normalised.  plan: the same in the world's units.  age, time: steps since it was made, and in all."""
+    """x: the plan, normalised.  plan: in the world's units.  age, time: steps since it was made, and in all."""
 
     x: Array
     plan: Plan
@@ -118,4 +118,6 @@ def check_every(space: Space, every: int) -> None:
     if not 0 <= every <= space.span:
         raise UserError(f"a new plan every {every} steps: choose 1 to {space.span}, which is what a plan covers, or 0")
     if every % space.stride:
-        raise UserError(f"a new plan every {every} steps: choose a multiple of {space.stride}, the steps between its rows")
+        raise UserError(
+            f"a new plan every {every} steps: choose a multiple of {space.stride}, the steps between its rows"
+        )

@@ -14,7 +14,8 @@ from diffrl.config import leaf
 from diffrl.evaluate import grids, plots, video
 from diffrl.planning import policies
 from diffrl.recipes import planning, results, tasks
-from diffrl.recipes.planning import PlanConfig, Session, make_space
+from diffrl.recipes.planners import PlanConfig, check_every
+from diffrl.recipes.planning import Session
 from diffrl.recipes.tasks import Task
 from diffrl.rl import controllers, drawing, maze2d
 from diffrl.rl.controllers import Controller
@@ -38,7 +39,7 @@ class Arena:
 
     def __init__(self, session: Session, task: Task, plan: PlanConfig, goal: bool = True):
         self.task, self.session, self.plan = task, session, plan
-        policies.check_every(make_space(session.fitted, session.config.model), plan.every)
+        check_every(session.config.model, plan.every)
         target = tasks.goal_observation if goal else None
 
         def play(params, frozen, keys, every):
@@ -88,15 +89,15 @@ def rival_returns(arena: Arena, rival: Controller, count: int, purpose: int = 0)
     return _in_batches(arena, run, count, purpose)[0]
 
 
-def summary(task: Task, returns: np.ndarray) -> dict[str, float]:
+def summary(task: Any, returns: np.ndarray) -> dict[str, float]:
     """Mean of the normalised scores, half of its 95 % interval, and the mean return."""
     scores = tasks.normalised(task, returns)
     error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
     return {"score": scores.mean(), "interval": 1.96 * error, "return": returns.mean(), "episodes": len(returns)}
 
 
-def watch(session: Session, arena: Arena) -> hooks.Hook:
-    """Now and then, the score of the averaged parameters: into curve.json, and the best into a checkpoint of its own."""
+def watch(session: Session, arena: Any) -> hooks.Hook:
+    """Now and then, the score of the averaged parameters: into curve.json, and the best ones into best/."""
     path, settings = session.workdir / "curve.json", session.config.train
     begun: list[bool] = []
 
@@ -116,7 +117,7 @@ def watch(session: Session, arena: Arena) -> hooks.Hook:
     return hooks.every(settings.sample_every, hook, settings.inner)
 
 
-def plot_curve(session: Session, task: Task) -> None:
+def plot_curve(session: Session, task: Any) -> None:
     """curve.png: score against training steps."""
     curve = results.load(session.workdir / "curve.json", {})
     if len(curve) > 1:
@@ -131,7 +132,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     """Names, scores with their 95 % intervals, and returns, as markdown."""
     lines = ["| policy | score | return | episodes |", "|---|---|---|---|"]
     for name, row in rows.items():
-        lines.append(f"| {name} | {row['score']:.1f} ± {row['interval']:.1f} | {row['return']:.1f} | {row['episodes']} |")
+        lines.append(
+            f"| {name} | {row['score']:.1f} ± {row['interval']:.1f} | {row['return']:.1f} | {row['episodes']} |"
+        )
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ RANDOM_RETURN_EPISODES = 1000  # by which a maze of one's own gets the two ends 
 
 @dataclasses.dataclass
 class TaskConfig:
-    """A maze, and the demonstrations in it.
+    """A maze, or a robot of Gymnasium, and demonstrations in it.
 
     Attributes:
         maze: umaze, medium or large, or a picture of one's own: rows of # (wall), O (free) and G (goal) with / between
@@ -37,6 +37,8 @@ class TaskConfig:
         random_goal: every episode has a goal of its own (Diffuser's multi-task setting), else the maze's.
         transitions: how many are made; 0: as many as D4RL has, 1, 2 and 4 million.
         file: demonstrations to be read instead: HDF5 of D4RL or Minari, or .npz of ours.
+        robot: hopper, halfcheetah or walker2d, in place of a maze.
+        actors: the .npz of trained actors by which demonstrations of a robot are made (`rl.experts`).
     """
 
     maze: str = leaf("umaze", "umaze, medium, large, or rows of #, O and G with / between them")
@@ -45,6 +47,9 @@ class TaskConfig:
     transitions: int = leaf(0, "demonstrated steps; 0: as many as D4RL has", at_least=0)
     file: str = leaf("", "demonstrations to read instead: D4RL's or Minari's HDF5, or our .npz")
     normaliser: str = leaf("limits", "limits, gaussian or cdf")
+    robot: str = leaf("", "hopper, halfcheetah or walker2d, in place of a maze")
+    quality: str = leaf("medium", "of a robot's demonstrations: medium, medium_replay or expert")
+    actors: str = leaf("", "the .npz of trained actors that make a robot's demonstrations", free=True)
 
 
 class Task(NamedTuple):
@@ -73,7 +78,9 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     Raises:
         UserError: no such maze, or one that cannot be solved; a file that is not there or does not fit.
     """
-    maze = mazes.parse(config.maze.replace("/", "\n"), "task.maze") if "#" in config.maze else mazes.standard(config.maze)
+    maze = (
+        mazes.parse(config.maze.replace("/", "\n"), "task.maze") if "#" in config.maze else mazes.standard(config.maze)
+    )
     # A maze of one's own has the steps of D4RL's that is as large.
     fields = mazes.STANDARD.get(maze.name)
     steps = fields[1] if fields else 300 if len(maze.free) < 12 else 600 if len(maze.free) < 36 else 800
@@ -126,7 +133,7 @@ def with_goals(task: Task, config: TaskConfig, random_goal: bool) -> Task:
     return task._replace(env=env)
 
 
-def make_normalisers(config: TaskConfig, task: Task) -> dict[str, normalisers.Normaliser]:
+def make_normalisers(config: TaskConfig, task: Any) -> dict[str, normalisers.Normaliser]:
     """Of observations and actions, as arrays of jax."""
     kinds = {"limits": normalisers.limits, "gaussian": normalisers.gaussian, "cdf": normalisers.cdf}
     fit = denoising.choose("task.normaliser", config.normaliser, kinds)
@@ -157,8 +164,7 @@ def goal_observation(world: State) -> Array:
     return jnp.pad(world.info["goal"], ((0, 0), (0, 2)))
 
 
-def normalised(task: Task, returns: Any) -> np.ndarray:
+def normalised(task: Any, returns: Any) -> np.ndarray:
     """D4RL's scores of returns: 0 for random actions, 100 for its reference."""
     low, high = task.reference
     return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
-

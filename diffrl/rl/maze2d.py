@@ -79,7 +79,9 @@ def _contact_force(walls: Array, position: Array, velocity: Array, free: Array) 
     right = MASS * free + (pressing * target) @ normal
     (a, b), (_, d) = matrix[:, 0].T, matrix[:, 1].T
     determinant = a * d - b * b
-    solved = jnp.stack([d * right[:, 0] - b * right[:, 1], a * right[:, 1] - b * right[:, 0]], -1) / determinant[:, None]
+    solved = (
+        jnp.stack([d * right[:, 0] - b * right[:, 1], a * right[:, 1] - b * right[:, 0]], -1) / determinant[:, None]
+    )
     slack = jnp.minimum(solved @ normal.T - target, 0.0)
     cost = MASS * ((solved - free) ** 2).sum(-1) + (weight * slack**2).sum(-1)
     return -(weight * slack[jnp.argmin(cost)]) @ normal

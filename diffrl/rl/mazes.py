@@ -48,7 +48,9 @@ def parse(text: str, name: str = "maze") -> Maze:
     width = len(rows[0])
     for number, row in enumerate(rows, 1):
         if len(row) != width:
-            raise UserError(f"{name}: row {number}, {row!r}, has {len(row)} cells and the first {width}: make them alike")
+            raise UserError(
+                f"{name}: row {number}, {row!r}, has {len(row)} cells and the first {width}: make them alike"
+            )
         strange = set(row) - set("#OG")
         if strange:
             raise UserError(f"{name}: row {number} has {min(strange)!r}: draw with # (wall), O (free) and G (goal)")
@@ -95,12 +97,14 @@ def free_cell(maze: Maze, point: tuple[float, float], what: str) -> tuple[int, i
         where = "in a wall" if inside else "outside"
         spots = ", ".join(f"({i}, {j})" for i, j in maze.free[:6])
         more = ", ..." if len(maze.free) > 6 else ""
-        raise UserError(f"{what}=({point[0]:g}, {point[1]:g}) lies {where} of {maze.name}: free cells are {spots}{more}")
+        raise UserError(
+            f"{what}=({point[0]:g}, {point[1]:g}) lies {where} of {maze.name}: free cells are {spots}{more}"
+        )
     return i, j
 
 
 def neighbours(maze: Maze) -> np.ndarray:
-    """The cell [X Y, 5] (x Y + y) that each of the `MOVES` leads to; where a wall or the edge is in the way, no move."""
+    """The cell [X Y, 5] (x Y + y) that each of the `MOVES` leads to: the same one where a wall is in the way."""
     shape = maze.walls.shape
     cells = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 1, 2)
     to = cells + np.array(MOVES)

@@ -1,6 +1,7 @@
 """Constraints on the state: exact known parts, RePaint's schedule and its gain over replacement, SDEdit's start."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -223,7 +224,7 @@ def test_climb_up_a_parabola_moves_the_mean_as_computed(steps):
     sampler = constraints.climb(ancestral(data), PROCESS, parabola, scale=0.4, steps=steps, until=0.2)
     _, (xs, info) = jax.jit(lambda x: sample(sampler, key(4), x, grid, trace=True))(x)
     at, mean = np.asarray(grid, np.float64), float(x.mean())
-    for n, (t, s) in enumerate(zip(at[:-1], at[1:], strict=True)):
+    for n, (t, s) in enumerate(itertools.pairwise(at)):
         slope, shift, variance = moments(t, s)
         strength = 0.0 if t <= 0.2 else 3 * 0.4 * variance
         before = x if n == 0 else xs[n - 1]
@@ -243,10 +244,13 @@ def test_climb_leaves_pinned_entries_where_they_are():
         return mixtures.denoiser(blobs(), PROCESS)(x, t, cond) + 0 * jnp.where(x[:, :1] == 0.25, 0.0, jnp.nan)
 
     strict = constraints.climb(samplers.ancestral(PROCESS, seen), PROCESS, parabola, scale=0.5, fixed=mask)
-    run = jax.jit(lambda x: [sample(constraints.pinned(s, value, mask), key(1), x, GRID, trace=True) for s in (up, strict)])
+    run = jax.jit(
+        lambda x: [sample(constraints.pinned(s, value, mask), key(1), x, GRID, trace=True) for s in (up, strict)]
+    )
     (end, (xs, info)), (same, _) = run(x)
     np.testing.assert_array_equal(end, same)  # no NaN: the denoiser never saw another value there
-    assert (np.asarray(xs)[..., 0] == 0.25).all() and (np.asarray(info.std)[..., 0] == 0).all()
+    assert (np.asarray(xs)[..., 0] == 0.25).all()
+    assert (np.asarray(info.std)[..., 0] == 0).all()
 
 
 def test_climb_needs_a_step_and_no_memory():

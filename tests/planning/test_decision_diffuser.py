@@ -31,7 +31,9 @@ def test_guidance_at_one_is_the_conditional_model_and_at_zero_the_unconditional(
 
     for scale, told in ((1.0, cond), (0.0, decision_diffuser.untold(5))):
         guided = guidance.classifier_free(toy, scale, null)
-        np.testing.assert_array_equal(jax.jit(run, static_argnums=0)(guided, cond), jax.jit(run, static_argnums=0)(toy, told))
+        np.testing.assert_array_equal(
+            jax.jit(run, static_argnums=0)(guided, cond), jax.jit(run, static_argnums=0)(toy, told)
+        )
 
 
 def test_half_of_the_loss_is_each_ones_and_padding_is_no_ones():
@@ -62,6 +64,13 @@ def test_half_of_the_loss_is_each_ones_and_padding_is_no_ones():
 
 
 def test_plans_are_asked_for_by_return():
-    cond = decision_diffuser.asked(0.9)(3)
+    cond = decision_diffuser.asked(0.9)(jnp.zeros((3, 4)))
     assert jax.tree.map(lambda a: a.shape, cond) == {"value": (3, 1), "known": (3,)}
     np.testing.assert_allclose(cond["value"], 0.9)
+
+
+def test_the_quantile_error_is_least_at_the_quantile():
+    returns = jax.random.normal(jax.random.key(5), (20_000,))
+    guesses = jnp.linspace(-2.0, 2.0, 401)
+    errors = jax.vmap(lambda guess: decision_diffuser.quantile_error(guess, returns, 0.9).mean())(guesses)
+    np.testing.assert_allclose(guesses[errors.argmin()], np.quantile(returns, 0.9), atol=0.02)

@@ -123,12 +123,14 @@ def test_a_warm_start_keeps_to_the_plan_before_as_far_as_it_is_not_noised():
 def test_pins_and_units():
     obs, goal = jnp.array([[10.0, 20.0, 30.0]]), jnp.array([[40.0, 50.0, 60.0]])
     value, mask = plans.pins(SCALED, obs, goal)
-    assert value.shape == mask.shape == (1, 5, 5) and SCALED.span == 16
+    assert value.shape == mask.shape == (1, 5, 5)
+    assert SCALED.span == 16
     np.testing.assert_array_equal(np.argwhere(mask[0]), [[h, d] for h in (0, 4) for d in (2, 3, 4)])
     np.testing.assert_allclose(value[0, 0, 2:], [1, 2, 3])
     np.testing.assert_allclose(value[0, 4, 2:], [4, 5, 6])
     _, first = plans.pins(SCALED, obs)
-    assert first[0, 0, 2:].all() and first.sum() == 3
+    assert first[0, 0, 2:].all()
+    assert first.sum() == 3
     value, early = plans.pins(SCALED, jnp.tile(obs, (2, 1)), jnp.tile(goal, (2, 1)), jnp.array([1, 3]))
     np.testing.assert_array_equal(np.argwhere(early[:, :, 2]), [[0, 0], [0, 1], [1, 0], [1, 3]])
     np.testing.assert_allclose(value[1, 3, 2:], [4, 5, 6])
@@ -137,7 +139,8 @@ def test_pins_and_units():
 def test_between_rows_a_plan_goes_straight():
     x = jnp.arange(25.0).reshape(1, 5, 5)
     plan = plans.unpack(SCALED, x)
-    assert plan.observations.shape == (1, 17, 3) and plan.actions.shape == (1, 17, 2)
+    assert plan.observations.shape == (1, 17, 3)
+    assert plan.actions.shape == (1, 17, 2)
     np.testing.assert_allclose(plan.observations[0, ::4], 10 * x[0, :, 2:])
     np.testing.assert_allclose(np.diff(plan.observations[0], axis=0), 50 / 4)
     np.testing.assert_allclose(plan.actions[0, 4:8], np.tile(2 * x[0, 1, :2], (4, 1)))
@@ -200,7 +203,8 @@ def test_ends_are_shown_clean_and_make_no_error():
 
     def model(x, t, cond):
         np.testing.assert_array_equal(x[:, [0, -1], 1:], X[:, [0, -1], 1:])
-        assert (x[:, 0, 0] != X[:, 0, 0]).all() and (x[:, 1:-1] != X[:, 1:-1]).all()
+        assert (x[:, 0, 0] != X[:, 0, 0]).all()
+        assert (x[:, 1:-1] != X[:, 1:-1]).all()
         return X.at[:, [0, -1], 1:].set(1e3)  # right everywhere else
 
     np.testing.assert_array_equal(loss(model, mask=full), 0.0)

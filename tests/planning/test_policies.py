@@ -132,6 +132,7 @@ def test_worlds_that_have_ended_stand_still_and_earn_nothing():
     env = Environment("short", reset, step, Actions(shape=(2,)), None)
     run = controllers.execute(env, controllers.uniform(env), 9, keep=lambda world, carry, action: world.obs)
     episodes, obs = run(sample_keys(jax.random.key(0), 32))
-    assert episodes.done.all() and np.ptp(episodes.episode_length) > 2
+    assert episodes.done.all()
+    assert np.ptp(episodes.episode_length) > 2
     np.testing.assert_array_equal(episodes.episode_return, episodes.episode_length)
     np.testing.assert_array_equal(obs[-1, :, 0], episodes.episode_length)

@@ -46,7 +46,8 @@ def test_every_step_is_mujocos(name):
         # At walls float32 loses the last digits of the depth, which contacts multiply by thousands.
         assert error < (2e-4 if contacts else 1.5e-6), (position, velocity, action, contacts)
         touched, corners = touched + (contacts > 0), corners + (contacts > 1)
-    assert touched > 100 and corners > 10
+    assert touched > 100
+    assert corners > 10
 
 
 def test_in_double_precision_walls_are_mujocos_too():
@@ -113,7 +114,8 @@ def test_demonstrations_follow_the_protocol():
     # Targets are given up only when time is up; all others are reached.
     near = np.linalg.norm(made.observations[t, :2] - np.rint(made.goals[t]), axis=1) < 0.1
     assert near.mean() > 0.95
-    assert np.abs(made.actions).max() <= 1 and made.observations.dtype == np.float32
+    assert np.abs(made.actions).max() <= 1
+    assert made.observations.dtype == np.float32
     distance = np.linalg.norm(made.observations[:, :2] - mazes.standard("medium").goal, axis=1)
     np.testing.assert_array_equal(made.rewards, distance <= 0.5)
     assert not made.terminals.any()
@@ -176,13 +178,14 @@ def test_picture_shows_walls_and_ball():
     maze = mazes.standard("umaze")
     env = maze2d.make(maze, 300)
     picture = env.render(env.reset(jax.random.key(0)))
-    assert picture.shape == (240, 240, 3) and picture.dtype == np.uint8
+    assert picture.shape == (240, 240, 3)
+    assert picture.dtype == np.uint8
     wall, free = picture[24, 24], picture[24 + 48, 24 + 96]
     assert (wall != free).any()
 
 
 @pytest.mark.parametrize(
-    "text, words",
+    ("text", "words"),
     [
         ("####/#OO/####", "row 2"),
         ("####/#OX#/####", "'X'"),

@@ -119,11 +119,11 @@ def planner(space: Space, draws: Draws, cond: Callable[[Array], Any] = lambda ob
             return draw(keys, begin(keys), grid, obs, goal, arrival)
         batch = len(keys)
         many = jax.vmap(lambda n: fold(fold(keys, CANDIDATE), n), out_axes=1)(jnp.arange(count)).reshape(-1)
-        wide = [None if a is None else jnp.repeat(a, count, axis=0) for a in (obs, goal)]
+        wide, aims = (None if a is None else jnp.repeat(a, count, axis=0) for a in (obs, goal))
         if arrival is not None:
             arrival = jnp.repeat(jnp.broadcast_to(jnp.asarray(arrival), (batch,)), count)
-        x = draw(many, begin(many), grid, *wide, arrival)
-        scores = score(x, wide[1]).reshape(batch, count)
+        x = draw(many, begin(many), grid, wide, aims, arrival)
+        scores = score(x, aims).reshape(batch, count)
         x = x.reshape(batch, count, *space.shape)
         return jnp.take_along_axis(x, scores.argmax(1)[:, None, None, None], axis=1)[:, 0]
 
@@ -134,14 +134,15 @@ def planner(space: Space, draws: Draws, cond: Callable[[Array], Any] = lambda ob
         return best(keys, noise, draws.times, obs, goal, arrival)
 
     def again(keys, obs, goal, arrival, x, rows):
-        if draws.warm_times is None:
+        times = draws.warm_times
+        if times is None:
             return plan(keys, obs, goal, arrival)
         before = shifted(x, rows)
 
         def noised(keys):
             wide = jnp.repeat(before, len(keys) // len(before), axis=0)
-            return sdedit_start(draws.process, keys, wide, draws.warm_times[0])
+            return sdedit_start(draws.process, keys, wide, times[0])
 
-        return best(keys, noised, draws.warm_times, obs, goal, arrival)
+        return best(keys, noised, times, obs, goal, arrival)
 
     return Planner(space, plan, again)

@@ -62,7 +62,7 @@ def unpack(space: Space, x: Array) -> Plan:
     if space.stride == 1:
         return Plan(actions, seen)
     row, rest = np.divmod(np.arange(space.span + 1), space.stride)
-    share = (rest / space.stride).astype(np.float32)[:, None]
+    share = jnp.asarray(rest / space.stride, jnp.float32)[:, None]
     after = np.minimum(row + 1, space.horizon - 1)
     return Plan(actions[..., row, :], (1 - share) * seen[..., row, :] + share * seen[..., after, :])
 

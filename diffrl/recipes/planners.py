@@ -188,6 +188,7 @@ def make_drawing(diffusion: Diffusion, table_steps: int, plan: PlanConfig) -> Ca
     )  # fmt: skip
     grid = denoising.make_grid(diffusion, settings, table_steps)
     warm = warm_grid(grid, plan.warm)
+    denoising.make_sampler(diffusion, settings, lambda x, t, cond: x, None)  # an unknown name is found before training
 
     def draws(denoise, score=None, around=lambda sampler, fixed: sampler):
         sampler = denoising.make_sampler(diffusion, settings, denoise, None)

@@ -10,7 +10,6 @@ boxes at most.  The minimum is that of one of the eight quadratics in which some
 solved and the best is taken: no iteration, and no branch.
 """
 
-import itertools
 import math
 from typing import Any
 
@@ -37,7 +36,7 @@ _SOFTEST, _HARDEST, _WIDTH = 0.9, 0.95, 0.001
 _STIFFNESS = 1 / (_HARDEST * 0.02) ** 2
 _BRAKING = 2 / (_HARDEST * 0.02)
 _INVERSE_WEIGHT = 1 / MASS
-_SUBSETS = tuple(itertools.product((0.0, 1.0), repeat=3))  # which of the boxes press
+_SUBSETS = tuple(tuple(float(n >> i & 1) for i in range(3)) for n in range(8))  # which of the boxes press
 
 
 def simulate(walls: Array, position: Array, velocity: Array, action: Array) -> tuple[Array, Array]:

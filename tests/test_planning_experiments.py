@@ -1,0 +1,178 @@
+"""experiments.diffuser, decision_diffuser and replanning as a user runs them, tiny: files, resuming, refusals."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from diffrl import config as config_lib
+from diffrl.data import trajectories
+from diffrl.errors import UserError
+from diffrl.rl import mazes
+from experiments import decision_diffuser, diffuser, replanning
+
+TINY = [
+    "--config.task.transitions=6000",
+    "--config.net.kind=transformer",  # compiles faster
+    "--config.net.width=16",
+    "--config.net.depth=1",
+    "--config.net.heads=2",
+    "--config.model.horizon=16",
+    "--config.diffusion.table_steps=4",
+    "--config.train.batch_size=8",
+    "--config.optim.warmup_steps=0",
+    "--config.eval.episodes=6",
+    "--config.eval.watch=4",
+    "--config.eval.batch=6",
+    "--config.eval.video=False",
+    "--config.plan.steps=0",
+    "--config.mesh.data=1",
+]
+
+
+def run(experiment, workdir, *flags, tiny=TINY):
+    arguments = [f"--workdir={workdir}", *tiny, *flags]
+    config_lib.run(experiment.main, experiment.PRESETS, modes=("train", "eval"), argv=arguments)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A Diffuser's workdir after eight steps, and what it printed."""
+    workdir = tmp_path_factory.mktemp("diffuser")
+    run(diffuser, workdir, "--config.train.steps=8", "--config.train.sample_every=4")
+    return workdir
+
+
+def test_diffuser_leaves_scores_curve_pictures_and_the_best_checkpoint(planned):
+    scores = json.loads((planned / "scores.json").read_text())
+    assert set(json.loads((planned / "curve.json").read_text())) == {"4", "8"}
+    for goals in ("the maze's goal", "random goals"):
+        for who in ("Diffuser", "waypoint controller", "random actions"):
+            assert any(name.startswith(f"{who}, {goals}") for name in scores), (who, goals)
+    assert all(np.isfinite(row["score"]) and row["episodes"] == 6 for row in scores.values())
+    for name in ("plans.png", "plans_random_goals.png", "loss.png", "curve.png", "scores.md", "demonstrations.npz"):
+        assert (planned / name).exists(), name
+    assert any((planned / "best").iterdir())
+    found, facts = trajectories.load(planned / "demonstrations.npz")
+    assert len(found.rewards) == 6000
+    assert "diffrl" in facts["made_by"]
+
+
+def test_more_steps_go_on_and_other_plans_need_no_training(planned, capsys):
+    before = json.loads((planned / "curve.json").read_text())
+    run(diffuser, planned, "--config.train.steps=12", "--config.train.sample_every=4")
+    after = json.loads((planned / "curve.json").read_text())
+    assert set(after) == {"4", "8", "12"}
+    assert {step: after[step] for step in before} == before
+    assert "Diffuser, the maze's goal, step 12" in capsys.readouterr().out
+    scores = json.loads((planned / "scores.json").read_text())
+    run(diffuser, planned, "--mode=eval", "--config.plan.every=20", "--config.plan.warm=0.5", "--config.plan.seed=3")
+    assert json.loads((planned / "scores.json").read_text()) != scores
+
+
+def test_a_maze_of_ones_own_and_the_u_net(tmp_path):
+    flags = ["--config.task.maze=#####/#OOG#/#####", "--config.net.kind=unet", "--config.net.channels=8"]
+    small = ["--config.net.multipliers=(1,2)", "--config.train.steps=2", "--config.train.sample_every=0"]
+    run(diffuser, tmp_path, *flags, *small)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    row = next(row for name, row in scores.items() if name.startswith("waypoint controller, the maze's goal"))
+    assert 50 < row["score"] < 150  # its scale has this controller at 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config.task.maze=umase"], "umaze"),
+        (["--config.task.maze=#####/#O#G#/#####"], "cannot be solved"),
+        (["--config.task.file=nowhere.hdf5"], "nowhere.hdf5"),
+        (["--config.task.normaliser=none"], "limits, gaussian, cdf"),
+        (["--config.net.kind=unet", "--config.model.horizon=15"], "horizon 15"),
+        (["--config.model.horizon=5000"], "no window of 19997 steps"),
+        (["--config.plan.every=6"], "multiple of 4"),
+        (["--config.plan.every=100"], "every 100 steps"),
+        (["--config.plan.candidates=3"], "nothing ranks them"),
+        (["--config.plan.sampler=dim"], "ddim"),
+        (["--config.task.reward=dence"], "sparse or dense"),
+        (["--config.diffusion.learned_variance=True"], "learned_variance"),
+        (["--preset=hopper", "--config.task.actors="], "task.actors"),
+        (["--preset=hopper", "--config.task.quality=best"], "medium"),
+        (["--config.task.robot=hoper"], "hopper"),
+    ],
+)
+def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(diffuser, tmp_path, *flags)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
+    run(
+        decision_diffuser, tmp_path, "--config.train.steps=4", "--config.train.sample_every=2",
+        "--config.train.log_every=1", "--config.plan.every=20",
+    )  # fmt: skip
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for key in ("planning", "acting", "quantile"):
+        assert np.isfinite(metrics[-1][key])
+    assert "Decision Diffuser" in (tmp_path / "scores.md").read_text()
+
+
+def test_replanning_compares_ways_and_intervals(tmp_path):
+    run(
+        replanning, tmp_path, "--config.train.steps=2", "--config.replan.every=(20,40)", "--config.replan.remaining=4",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["way"], row["every"], row["plans"]) for row in rows] == [
+        ("one plan", 0, 1),
+        *(
+            (way, every, plans)
+            for way in ("cold, goal at the end", "cold, goal at its time", "warm, goal at its time")
+            for every, plans in ((20, 15), (40, 8))
+        ),
+    ]
+    assert (tmp_path / "replanning.png").exists()
+    assert (tmp_path / "table.md").read_text().count("\n") == 9
+
+
+def test_mazes_presets_span_what_the_paper_plans():
+    for name, (_, steps, _) in mazes.STANDARD.items():
+        config, paper = diffuser.PRESETS[name](), diffuser.PRESETS[f"{name}_paper"]()
+        assert paper.model.horizon <= steps
+        assert abs(config.model.horizon * config.model.stride - paper.model.horizon) == 0
+
+
+def test_one_process_and_one_without_jit_plan_alike(planned):
+    """The whole closed loop, jit against no jit, on a few steps of the world."""
+    from diffrl.planning import policies
+    from diffrl.recipes import planners, planning, tasks
+    from diffrl.rl import controllers
+
+    config = diffuser.PRESETS["umaze"]()
+    config = config_lib.from_dict(config, config_lib.read(planned)["config"])
+    task = tasks.open_task(config.task, planned)
+    fitted = tasks.make_normalisers(config.task, task)
+    model = planners.diffuser_model(config, fitted, (16, 6))
+    source = tasks.make_source(task, fitted, 16, 4)
+    session = planning.open_session(config, config_lib.Run(planned, "eval", "umaze"), source, fitted, model)
+    params = jax.device_get(planning.restored(session).ema)
+
+    def play(params, keys):
+        controller = policies.controller(
+            model.planner(params, fitted), policies.towards_waypoints, 4, goal=tasks.goal_observation
+        )
+        return controllers.execute(task.env, controller, 6, lambda world, carry, action: (world.obs, carry.x))(keys)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    _, compiled = jax.jit(play)(params, keys)
+    with jax.disable_jit():
+        _, plain = play(params, keys)
+    for a, b in zip(compiled, plain, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_errors_of_missing_checkpoints(tmp_path):
+    with pytest.raises((SystemExit, UserError)):
+        run(diffuser, tmp_path, "--mode=eval")

@@ -27,7 +27,7 @@ TINY = [
     "--config.eval.batch=6",
     "--config.eval.video=False",
     "--config.plan.steps=0",
-    "--config.mesh.data=1",
+    "--config.task.steps=40",
 ]
 
 

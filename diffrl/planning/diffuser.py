@@ -74,7 +74,8 @@ def objective(
         denoising: `losses.denoising`.
         goal: plans end at a goal.
         any_arrival: for every other window the goal's row is drawn from 1 ... H - 1, so that the goal may be pinned
-            anywhere; else it is the last.
+            anywhere; else it is the last.  The model is then told which rows are pinned, `pinned_rows`, as its cond: in
+            noise it could not find them.
         action_weight: of the first action's error, the one that is carried out (10 in the paper's locomotion).
         discount: of the error's weight from step to step.
     """
@@ -86,9 +87,15 @@ def objective(
         arrival = None
         if goal and any_arrival:
             arrival = jax.vmap(_draw_arrival, (0, None))(fold(keys, ARRIVAL), space.horizon)
+            cond = pinned_rows(space, known(space, jnp.ones_like(mask), arrival))
         return denoising(model, x, cond, keys, known=known(space, mask, arrival, goal), elements=weights)
 
     return compute
+
+
+def pinned_rows(space: Space, mask: Array) -> Array:
+    """Which rows are pinned, [B, H, 1] of 0 and 1, of a mask of entries [B, H, A + S]."""
+    return mask[..., space.actions : space.actions + 1].astype(jnp.float32)
 
 
 def _draw_arrival(key: Array, horizon: int) -> Array:
@@ -96,10 +103,10 @@ def _draw_arrival(key: Array, horizon: int) -> Array:
     return jnp.where(jax.random.bernoulli(which), horizon - 1, jax.random.randint(when, (), 1, horizon))
 
 
-def planner(space: Space, draws: Draws, cond: Callable[[Array], Any] = lambda obs: None) -> Planner:
+def planner(space: Space, draws: Draws, cond: Callable[[Array, Array], Any] = lambda obs, mask: None) -> Planner:
     """A planner that samples.
 
-    cond: obs [B, S] where plans begin -> the denoiser's condition, whose leaves have so many rows.
+    cond: (obs [B, S] where plans begin, pinned entries [B, H, A + S]) -> the denoiser's condition.
 
     Raises:
         UserError: candidates below 1, or several and nothing to rank them by.
@@ -112,7 +119,7 @@ def planner(space: Space, draws: Draws, cond: Callable[[Array], Any] = lambda ob
 
     def draw(keys, x, grid, obs, goal, arrival):
         value, mask = pins(space, obs, goal, arrival)
-        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(obs))
+        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(obs, mask))
 
     def best(keys, begin, grid, obs, goal, arrival):
         if count == 1 or score is None:

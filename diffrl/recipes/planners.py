@@ -239,11 +239,18 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
 
     def init(key):
         keys, example = jax.random.split(key), (jnp.zeros((1, *example_shape)), jnp.zeros(1), None)
-        made = {"plans": initialiser(network, *example)(keys[0])}
+        told = jnp.zeros((1, *space.shape[:1], 1)) if settings.any_arrival else None
+        made = {"plans": initialiser(network, shown(example[0], told), *example[1:])(keys[0])}
         return {**made, "value": initialiser(critic, *example)(keys[1])} if valued.train else made
 
+    def shown(x, rows):
+        return x if rows is None else jnp.concatenate([x, rows], axis=-1)
+
     def apply(params, x, t, cond, keys):
-        return network.apply({"params": params["plans"]}, x, t, cond, keys)
+        return network.apply({"params": params["plans"]}, shown(x, cond), t, None, keys)
+
+    def tell(obs, mask):
+        return diffuser.pinned_rows(space, mask) if settings.any_arrival else None
 
     def value_of(params):
         return lambda x, t, cond: critic.apply({"params": params["value"]}, x, diffusion.network_time(t), None)
@@ -262,7 +269,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
     def planner(params, frozen):
         denoise = denoising.make_denoiser(diffusion, apply, params)
         if not valued.train:
-            return diffuser.planner(make_space(frozen, settings), drawing(denoise))
+            return diffuser.planner(make_space(frozen, settings), drawing(denoise), tell)
         value = value_of(params)
         # Before the last `until` steps of the table, half a step later for the sake of rounding.
         until = (valued.until + 0.5) / table
@@ -278,7 +285,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
         if through and valued.scale:
             denoise = classifier_guidance.classifier(diffusion.process, denoise, value, gently)
         draws = drawing(denoise, lambda x, aim: value(x, jnp.full(len(x), 1 / table), None), around)
-        return diffuser.planner(make_space(frozen, settings), draws)
+        return diffuser.planner(make_space(frozen, settings), draws, tell)
 
     act = policies.towards_waypoints if goal else policies.planned_actions
     return Model(init, loss, planner, lambda params, frozen: act)
@@ -331,7 +338,7 @@ def decision_model(config: Any, fitted: Any, example_shape: tuple[int, ...]) -> 
         space = make_space(frozen, settings, actions=False)
         cond = decision_diffuser.asked(asked.target)
         if asked.quantile:
-            cond = lambda obs: decision_diffuser.told(prospect(params, space.encode(obs)))  # noqa: E731
+            cond = lambda obs, mask: decision_diffuser.told(prospect(params, space.encode(obs)))  # noqa: E731
         return diffuser.planner(space, drawing(guided), cond)
 
     def act(params, frozen):

@@ -44,6 +44,7 @@ class TaskConfig:
     maze: str = leaf("umaze", "umaze, medium, large, or rows of #, O and G with / between them")
     random_goal: bool = leaf(False, "a goal of its own for every episode, instead of the maze's", free=True)
     reward: str = leaf("sparse", "sparse or dense", free=True)
+    steps: int = leaf(0, "of an episode; 0: D4RL's 300, 600 or 800", free=True, at_least=0)
     transitions: int = leaf(0, "demonstrated steps; 0: as many as D4RL has", at_least=0)
     file: str = leaf("", "demonstrations to read instead: D4RL's or Minari's HDF5, or our .npz")
     normaliser: str = leaf("limits", "limits, gaussian or cdf")
@@ -75,6 +76,9 @@ class Task(NamedTuple):
 def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     """The task that a config names; demonstrations that are made lie in <workdir>/demonstrations.npz from then on.
 
+    Where D4RL has no returns, of mazes of one's own and of other lengths, random actions and the waypoint controller
+    give the two ends of the score.
+
     Raises:
         UserError: no such maze, or one that cannot be solved; a file that is not there or does not fit.
     """
@@ -83,9 +87,10 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     )
     # A maze of one's own has the steps of D4RL's that is as large.
     fields = mazes.STANDARD.get(maze.name)
-    steps = fields[1] if fields else 300 if len(maze.free) < 12 else 600 if len(maze.free) < 36 else 800
+    usual = fields[1] if fields else 300 if len(maze.free) < 12 else 600 if len(maze.free) < 36 else 800
+    steps = config.steps or usual
     env = maze2d.make(maze, steps, config.reward, config.random_goal, f"maze2d-{maze.name}")
-    found = _demonstrations(config, maze, steps, workdir, seed)
+    found = _demonstrations(config, maze, usual, workdir, seed)
     if found.observations.shape[1:] != (4,) or found.actions.shape[1:] != (2,):
         raise UserError(
             f"task.file={config.file} has {found.observations.shape[1]} numbers per observation and "
@@ -98,7 +103,7 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
         "D4RL's reference": waypoints.controller(maze, stale=True),
         "random actions": controllers.uniform(env),
     }
-    reference = fields[2][config.reward] if fields else _reference(env, steps, rivals)
+    reference = fields[2][config.reward] if fields and steps == usual else _reference(env, steps, rivals)
     return Task(env.name, maze, env, steps, reference, found, trajectories.paths(exits), rivals)
 
 

@@ -218,6 +218,8 @@ def test_goals_anywhere_are_pinned_at_the_end_half_of_the_time():
 
     def model(x, t, cond):
         seen.append((x == many)[:, 1:, 1:].all(-1))
+        np.testing.assert_array_equal(cond[:, 1:, 0], seen[0])  # it is told which rows
+        np.testing.assert_array_equal(cond[:, 0], 1.0)
         return x
 
     loss(model, many, jnp.ones((3000, 9)), any_arrival=True)

@@ -4,20 +4,19 @@
     python -m experiments.decision_diffuser --mode=eval --config.decision.target=0.5
     python -m experiments.decision_diffuser --mode=eval --config.decision.guidance=0      # asks for nothing
 
-The model is not told where the goal is.  It is told the return of the next steps (time near the goal, discounted, as
-part of the best there is in the demonstrations), and is asked for a high one; noise of half the standard deviation
-draws likely plans; an inverse model acts, and plans are made anew every few steps.
+The model is not told where the goal is.  It is told the return of the next steps (time near the goal, discounted), by
+its rank among the demonstrations', and is asked for a high one: with decision.quantile, for what the best ones had from
+where the plan begins, else for decision.target.  Noise of half the standard deviation draws likely plans; an inverse
+model acts, and plans are made anew every few steps.
 
-train, eval: as of `experiments.diffuser`; the table also has the model that is asked for nothing.
+train, eval: as of `experiments.diffuser`.
 """
 
 import dataclasses
 
-import numpy as np
-
 from diffrl import config as config_lib
 from diffrl.config import leaf
-from diffrl.data import trajectories
+from diffrl.data import normalisers, trajectories
 from diffrl.recipes import closed_loop, planners, planning, tasks, training
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
@@ -33,8 +32,8 @@ class Config:
     task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
     net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
-    decision: DecisionConfig = dataclasses.field(default_factory=lambda: DecisionConfig(quantile=0.9))
-    return_discount: float = leaf(0.99, "of rewards, from step to step", above=0, at_most=1)
+    decision: DecisionConfig = dataclasses.field(default_factory=lambda: DecisionConfig(quantile=0.98))
+    return_discount: float = leaf(0.97, "of rewards, from step to step", above=0, at_most=1)
     diffusion: DiffusionConfig = dataclasses.field(
         default_factory=lambda: DiffusionConfig(process="improved", table_steps=64, prediction="x0", times="discrete")
     )
@@ -62,10 +61,9 @@ def main(config: Config, run: config_lib.Run) -> None:
     task = task._replace(paths=paths)
     fitted = tasks.make_normalisers(config.task, task)
     span = (config.model.horizon - 1) * config.model.stride + 1
-    returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)
-    source = tasks.make_source(
-        task, fitted, config.model.horizon, config.model.stride, returns / max(np.abs(returns).max(), 1e-6)
-    )
+    returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)[:, None]
+    ranks = 0.5 + 0.5 * normalisers.normalise(normalisers.cdf(returns), returns)[:, 0]
+    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride, ranks)
     model = planners.decision_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)

@@ -111,7 +111,7 @@ def _robot(name: str) -> Config:
         model=ModelConfig(horizon=32, action_weight=10.0),
         value=ValueConfig(train=True),
         diffusion=_diffusion(20),
-        plan=PlanConfig(clip=False, candidates=4, every=1),
+        plan=PlanConfig(clip=False, candidates=4, every=2),
         eval=EvalConfig(episodes=8, watch=4),
     )
     config.train = dataclasses.replace(config.train, steps=4000, sample_every=0, checkpoint_every=1000)

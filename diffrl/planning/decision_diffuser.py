@@ -63,9 +63,9 @@ def inverse_error(inverse: Inverse, actions: Array, observations: Array, mask: A
     return weighted_mean((guess - actions[:, :-1]) ** 2, mask[:, 1:, None])
 
 
-def asked(target: float) -> Callable[[Array, Array], Any]:
+def asked(target: float) -> Callable[[Array, Any, Any], Any]:
     """`cond` of `diffuser.planner`: plans of normalised return `target`, from wherever they begin."""
-    return lambda obs, mask: told(jnp.full(obs.shape[:1], target, jnp.float32))
+    return lambda obs, *_: told(jnp.full(obs.shape[:1], target, jnp.float32))
 
 
 def quantile_error(guess: Array, returns: Array, quantile: float) -> Array:

@@ -74,8 +74,8 @@ def objective(
         denoising: `losses.denoising`.
         goal: plans end at a goal.
         any_arrival: for every other window the goal's row is drawn from 1 ... H - 1, so that the goal may be pinned
-            anywhere; else it is the last.  The model is then told which rows are pinned, `pinned_rows`, as its cond: in
-            noise it could not find them.
+            anywhere; else it is the last.  The model is then told goal and row, `told`, as its cond: in noise it could
+            not find them.
         action_weight: of the first action's error, the one that is carried out (10 in the paper's locomotion).
         discount: of the error's weight from step to step.
     """
@@ -87,15 +87,21 @@ def objective(
         arrival = None
         if goal and any_arrival:
             arrival = jax.vmap(_draw_arrival, (0, None))(fold(keys, ARRIVAL), space.horizon)
-            cond = pinned_rows(space, known(space, jnp.ones_like(mask), arrival))
+            seen = jnp.take_along_axis(x, arrival[:, None, None], axis=1)[:, 0, space.actions :]
+            cond = told(space, seen, arrival)
         return denoising(model, x, cond, keys, known=known(space, mask, arrival, goal), elements=weights)
 
     return compute
 
 
-def pinned_rows(space: Space, mask: Array) -> Array:
-    """Which rows are pinned, [B, H, 1] of 0 and 1, of a mask of entries [B, H, A + S]."""
-    return mask[..., space.actions : space.actions + 1].astype(jnp.float32)
+def told(space: Space, goal: Array, arrival: Array | int | None = None) -> dict[str, Array]:
+    """The condition of a model whose goals may be anywhere: {"value": [B, S + 1], "known": [B]}.
+
+    goal: [B, S], normalised.  arrival: its row, [B] or a number; None: the last.
+    """
+    row = jnp.broadcast_to(jnp.asarray(space.horizon - 1 if arrival is None else arrival), goal.shape[:1])
+    when = 2.0 * row / (space.horizon - 1) - 1.0
+    return {"value": jnp.concatenate([goal, when[:, None]], axis=1), "known": jnp.ones_like(when)}
 
 
 def _draw_arrival(key: Array, horizon: int) -> Array:
@@ -103,10 +109,10 @@ def _draw_arrival(key: Array, horizon: int) -> Array:
     return jnp.where(jax.random.bernoulli(which), horizon - 1, jax.random.randint(when, (), 1, horizon))
 
 
-def planner(space: Space, draws: Draws, cond: Callable[[Array, Array], Any] = lambda obs, mask: None) -> Planner:
+def planner(space: Space, draws: Draws, cond: Callable[[Array, Any, Any], Any] = lambda *_: None) -> Planner:
     """A planner that samples.
 
-    cond: (obs [B, S] where plans begin, pinned entries [B, H, A + S]) -> the denoiser's condition.
+    cond: (obs [B, S] where plans begin, goal [B, S] or None, its row or None) -> the denoiser's condition.
 
     Raises:
         UserError: candidates below 1, or several and nothing to rank them by.
@@ -119,7 +125,7 @@ def planner(space: Space, draws: Draws, cond: Callable[[Array, Array], Any] = la
 
     def draw(keys, x, grid, obs, goal, arrival):
         value, mask = pins(space, obs, goal, arrival)
-        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(obs, mask))
+        return sample(pinned(draws.sampler(mask), value, mask), keys, x, grid, cond(obs, goal, arrival))
 
     def best(keys, begin, grid, obs, goal, arrival):
         if count == 1 or score is None:

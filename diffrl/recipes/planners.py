@@ -100,7 +100,7 @@ class DecisionConfig:
 
     drop: float = leaf(0.25, "how often the model is told no return in training", at_least=0, at_most=1)
     inverse: tuple[int, ...] = leaf((256, 256), "widths of the inverse model's hidden layers", at_least=1)
-    target: float = leaf(0.9, "return that plans are asked for, as part of the demonstrations' best", free=True)
+    target: float = leaf(0.95, "return that plans are asked for, as its rank among the demonstrations'", free=True)
     quantile: float = leaf(
         0.0,
         "ask for this quantile of the returns that demonstrations had from where a plan begins; 0: for target",
@@ -218,10 +218,13 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
     diffusion = make_diffusion(config.diffusion)
     table = config.diffusion.table_steps
     drawing = make_drawing(diffusion, table, config.plan)
-    network = make_network(config.net, example_shape[1])
+    told = fitted["observations"].data.shape[-1] + 1 if settings.any_arrival else 0
+    network = make_network(config.net, example_shape[1], conditions=told)
     critic = TemporalValue(config.net.channels, valued.multipliers)
     space = make_space(fitted, settings)
     through = denoising.choose("value.through", valued.through, {"state": False, "estimate": True})
+    if settings.any_arrival and not goal:
+        raise UserError("model.any_arrival=True: there is no goal here; leave it out")
     if config.plan.candidates > 1 and not valued.train:
         raise UserError(
             f"plan.candidates={config.plan.candidates}: nothing ranks them in a model that was trained with "
@@ -239,18 +242,15 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
 
     def init(key):
         keys, example = jax.random.split(key), (jnp.zeros((1, *example_shape)), jnp.zeros(1), None)
-        told = jnp.zeros((1, *space.shape[:1], 1)) if settings.any_arrival else None
-        made = {"plans": initialiser(network, shown(example[0], told), *example[1:])(keys[0])}
+        told = tell(jnp.zeros((1, space.observations)), jnp.zeros((1, space.observations)), None)
+        made = {"plans": initialiser(network, *example[:2], told)(keys[0])}
         return {**made, "value": initialiser(critic, *example)(keys[1])} if valued.train else made
 
-    def shown(x, rows):
-        return x if rows is None else jnp.concatenate([x, rows], axis=-1)
-
     def apply(params, x, t, cond, keys):
-        return network.apply({"params": params["plans"]}, shown(x, cond), t, None, keys)
+        return network.apply({"params": params["plans"]}, x, t, cond, keys)
 
-    def tell(obs, mask):
-        return diffuser.pinned_rows(space, mask) if settings.any_arrival else None
+    def tell(obs, aim, arrival):
+        return diffuser.told(space, space.encode(aim), arrival) if settings.any_arrival else None
 
     def value_of(params):
         return lambda x, t, cond: critic.apply({"params": params["value"]}, x, diffusion.network_time(t), None)
@@ -338,7 +338,7 @@ def decision_model(config: Any, fitted: Any, example_shape: tuple[int, ...]) -> 
         space = make_space(frozen, settings, actions=False)
         cond = decision_diffuser.asked(asked.target)
         if asked.quantile:
-            cond = lambda obs, mask: decision_diffuser.told(prospect(params, space.encode(obs)))  # noqa: E731
+            cond = lambda obs, *_: decision_diffuser.told(prospect(params, space.encode(obs)))  # noqa: E731
         return diffuser.planner(space, drawing(guided), cond)
 
     def act(params, frozen):

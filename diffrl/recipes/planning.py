@@ -85,13 +85,20 @@ def train(session: Session, every: Sequence[hooks.Hook] = ()) -> TrainState:
         settings, DataConfig(name=session.source.name), config.seed, session.source, step.global_step(update),
         session.devices, session.checkpoints, session.writers,
     )  # fmt: skip
-    return training.train(job, fresh, every)
+    try:
+        return training.train(job, fresh, every)
+    finally:
+        session.best.close()
 
 
 def restored(session: Session, best: bool = False) -> TrainState:
     """The newest checkpoint's state, or that of the best score; raises UserError where there is none."""
-    folder = session.best if best else session.checkpoints
-    found = folder.restore(mesh.abstract(session.devices, _fresh(session)))
+    folder = (session.best if best else session.checkpoints).folder
+    reader = Checkpoints(folder)  # a session's own are closed once it is trained
+    try:
+        found = reader.restore(mesh.abstract(session.devices, _fresh(session)))
+    finally:
+        reader.close()
     if found is None:
-        raise UserError(f"{folder.folder} has no checkpoint yet: train first (--mode=train)")
+        raise UserError(f"{folder} has no checkpoint yet: train first (--mode=train)")
     return found[0]

@@ -64,7 +64,7 @@ def test_half_of_the_loss_is_each_ones_and_padding_is_no_ones():
 
 
 def test_plans_are_asked_for_by_return():
-    cond = decision_diffuser.asked(0.9)(jnp.zeros((3, 4)), None)
+    cond = decision_diffuser.asked(0.9)(jnp.zeros((3, 4)), None, None)
     assert jax.tree.map(lambda a: a.shape, cond) == {"value": (3, 1), "known": (3,)}
     np.testing.assert_allclose(cond["value"], 0.9)
 

@@ -77,7 +77,8 @@ def controller(
         goal: the worlds' State -> where they are to go, as observations [B, S].
         remaining: 0: every plan is at the goal in its last step, so that the goal moves away with the horizon.  Else
             the goal is pinned where it was at first, a plan's length after the episode's begin, and once that is less
-            than `remaining` steps ahead, so many ahead; the model must have been trained with `any_arrival`.
+            than `remaining` steps ahead, so many ahead; from there on the plan stays, which no demonstration does.  The
+            model must have been trained with `any_arrival`.
 
     Raises:
         UserError: a plan that ends before the next is made or between two of its rows, or a `remaining` beyond it.
@@ -102,8 +103,9 @@ def controller(
         def anew() -> Carry:
             ahead = jnp.maximum(span - carry.time, remaining)
             arrival = jnp.maximum(ahead // stride, 1) if remaining else None
-            x = planner.again(fold(keys, 0), world.obs, target(world), arrival, carry.x, carry.age // stride)
-            return made(x, carry.time)
+            aim = target(world)
+            new = made(planner.again(fold(keys, 0), world.obs, aim, arrival, carry.x, carry.age // stride), carry.time)
+            return new if arrival is None else new._replace(plan=_staying(new.plan, arrival * stride, aim))
 
         if not isinstance(every, int) or every:
             carry = jax.lax.cond((carry.age >= every) & (every > 0), anew, lambda: carry)
@@ -111,6 +113,12 @@ def controller(
         return action, carry._replace(age=carry.age + 1, time=carry.time + 1)
 
     return Controller(init, step)
+
+
+def _staying(plan: Plan, arrival: Array, goal: Array) -> Plan:
+    """The plan that is at `goal` [B, S] from step `arrival` on."""
+    steps = jnp.arange(plan.observations.shape[1])[None, :, None]
+    return plan._replace(observations=jnp.where(steps >= arrival, goal[:, None], plan.observations))
 
 
 def check_every(space: Space, every: int) -> None:

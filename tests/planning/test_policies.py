@@ -82,6 +82,21 @@ def test_goals_come_nearer_where_they_stay_at_their_time():
     assert all(given == (True, True) for given in seen)
 
 
+def test_plans_stay_where_they_arrive():
+    """Observations after the pinned row are the goal's; (7, 7) at rest."""
+    goal = jnp.array([[7.0, 7.0, 0.0, 0.0]])
+
+    def aim(world):
+        return jnp.broadcast_to(goal, world.obs.shape)
+
+    controller = policies.controller(straight(), policies.planned_actions, every=2, remaining=1, goal=aim)
+    keep = lambda world, carry, action: carry.plan.observations  # noqa: E731
+    _, plans = jax.jit(controllers.execute(counting(), controller, 6, keep))(sample_keys(jax.random.key(0), 2))
+    staying = (np.asarray(plans) == goal).all(-1)
+    np.testing.assert_array_equal(staying[2, 0], [False, False, False, True, True, True])  # made at 2: 3 steps ahead
+    np.testing.assert_array_equal(staying[4, 0], [False, True, True, True, True, True])
+
+
 def test_strides_are_steps_of_the_world():
     space = SPACE._replace(stride=2)
     taken, _ = actions_of(policies.controller(straight(space), policies.planned_actions, every=4), counting(8))

@@ -47,7 +47,7 @@ class Config:
     )
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
-            steps=2000, batch_size=32, ema_decay=0.995, sample_every=500, checkpoint_every=500
+            steps=2600, batch_size=32, ema_decay=0.995, sample_every=650, checkpoint_every=650
         )
     )
     plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)

@@ -162,7 +162,7 @@ def our_programs(pair: Pair, maze: mazes.Maze, args: argparse.Namespace) -> Prog
 
     def loop(params, keys, obs, goal):
         planner = our_planner(pair, params)
-        drive = policies.controller(planner, policies.towards_waypoints, args.every, goal=tasks.goal_observation)
+        drive = policies.controller(planner, policies.towards_waypoints(), args.every, goal=tasks.goal_observation)
         return controllers.execute(env, drive, args.steps)(keys).episode_return
 
     def sampler(params, keys, obs, goal):

@@ -47,10 +47,10 @@ class Config:
     )
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
-            steps=2600, batch_size=32, ema_decay=0.995, sample_every=650, checkpoint_every=650
+            steps=2000, batch_size=32, ema_decay=0.995, sample_every=500, checkpoint_every=500
         )
     )
-    plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+    plan: PlanConfig = dataclasses.field(default_factory=lambda: PlanConfig(gain=10.0))
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     seed: int = 0
@@ -85,6 +85,7 @@ def _paper(maze: str, horizon: int, steps: int) -> Config:
             steps=2_000_000, batch_size=64, inner=100, ema_decay=0.995, sample_every=50_000, checkpoint_every=50_000,
             log_every=1000,
         ),
+        plan=PlanConfig(),
         eval=EvalConfig(episodes=1000, batch=1000),
     )  # fmt: skip
 

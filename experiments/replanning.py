@@ -58,7 +58,7 @@ class Config:
             steps=3000, batch_size=32, ema_decay=0.995, sample_every=0, checkpoint_every=1000
         )
     )
-    plan: PlanConfig = dataclasses.field(default_factory=lambda: PlanConfig(steps=16))
+    plan: PlanConfig = dataclasses.field(default_factory=lambda: PlanConfig(steps=32, gain=10.0))
     replan: ReplanConfig = dataclasses.field(default_factory=ReplanConfig)
     eval: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(episodes=100, batch=100))
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

@@ -161,7 +161,7 @@ def test_with_and_without_jit_plans_and_paths_are_alike(planned):
 
     def play(params, keys):
         controller = policies.controller(
-            model.planner(params, fitted), policies.towards_waypoints, 4, goal=tasks.goal_observation
+            model.planner(params, fitted), policies.towards_waypoints(), 4, goal=tasks.goal_observation
         )
         return controllers.execute(task.env, controller, 6, lambda world, carry, action: (world.obs, carry.x))(keys)
 

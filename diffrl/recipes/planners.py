@@ -76,6 +76,7 @@ class PlanConfig:
         free=True,
         at_least=0,
     )
+    gain: float = leaf(1.0, "mazes: of the controller that follows a plan, 1 in the paper", free=True, above=0)
     seed: int = leaf(0, "of episodes and plans", free=True)
 
 
@@ -287,7 +288,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
         draws = drawing(denoise, lambda x, aim: value(x, jnp.full(len(x), 1 / table), None), around)
         return diffuser.planner(make_space(frozen, settings), draws, tell)
 
-    act = policies.towards_waypoints if goal else policies.planned_actions
+    act = policies.towards_waypoints(config.plan.gain) if goal else policies.planned_actions
     return Model(init, loss, planner, lambda params, frozen: act)
 
 

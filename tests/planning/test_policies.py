@@ -114,9 +114,10 @@ def test_plans_that_do_not_reach_are_one_line(options, words):
 def test_waypoints_by_hand():
     seen = jnp.array([[[0.0, 0, 0, 0], [1, 2, 3, 4], [5, 6, 7, 8]]])
     plan, obs = Plan(jnp.zeros((1, 3, 2)), seen), jnp.array([[0.5, 0.5, 1.0, 2.0]])
-    np.testing.assert_allclose(policies.towards_waypoints(plan, 0, obs)[0], [0.5 + 2, 1.5 + 2])
+    np.testing.assert_allclose(policies.towards_waypoints()(plan, 0, obs)[0], [0.5 + 2, 1.5 + 2])
+    np.testing.assert_allclose(policies.towards_waypoints(10.0)(plan, 0, obs)[0], [5 + 2, 15 + 2])
     # After the end: the last position, at rest.
-    np.testing.assert_allclose(policies.towards_waypoints(plan, 5, obs)[0], [4.5 - 1, 5.5 - 2])
+    np.testing.assert_allclose(policies.towards_waypoints()(plan, 5, obs)[0], [4.5 - 1, 5.5 - 2])
     space = SPACE._replace(encode=lambda x: x / 2, decode_action=lambda a: 10 * a)
     act = policies.inverse_dynamics(space, lambda before, after: (after - before)[:, :2])
     np.testing.assert_allclose(act(plan, 1, obs)[0], [10 * (5 - 0.5) / 2, 10 * (6 - 0.5) / 2])
@@ -125,7 +126,7 @@ def test_waypoints_by_hand():
 def test_one_program_is_the_same_as_step_by_step():
     """A real maze, planning every 3 steps; jit against no jit."""
     env = maze2d.make(mazes.standard("umaze"), 10)
-    controller = policies.controller(straight(), policies.towards_waypoints, every=3)
+    controller = policies.controller(straight(), policies.towards_waypoints(), every=3)
     keys = sample_keys(jax.random.key(4), 2)
     run = controllers.execute(env, controller, 10, keep=lambda world, carry, action: (world.obs, action))
     episodes, (obs, actions) = jax.jit(run)(keys)

@@ -155,7 +155,8 @@ def main(config: Config, run: config_lib.Run) -> None:
 def maze(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     fitted = tasks.make_normalisers(config.task, task)
-    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride)
+    returns = tasks.scaled_returns(task, config.value.discount) if config.value.train else None
+    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride, returns)
     model = planners.diffuser_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan)

@@ -91,6 +91,7 @@ def test_a_maze_of_ones_own(tmp_path):
         (["--config.plan.every=6"], "multiple of 4"),
         (["--config.plan.every=100"], "every 100 steps"),
         (["--config.plan.candidates=3"], "nothing ranks them"),
+        (["--config.plan.remaining=4"], "any_arrival"),
         (["--config.plan.sampler=dim"], "ddim"),
         (["--config.task.reward=dence"], "sparse or dense"),
         (["--config.diffusion.learned_variance=True"], "learned_variance"),

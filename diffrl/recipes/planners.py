@@ -199,11 +199,7 @@ def make_drawing(diffusion: Diffusion, table_steps: int, plan: PlanConfig) -> Ca
 
 
 def warm_grid(grid: Array, level: float) -> Array | None:
-    """The part of a grid that begins nearest to time `level`; None for 0.
-
-    Raises:
-        UserError: no step is left.
-    """
+    """The part of a grid that begins nearest to time `level`; None for 0."""
     if not level:
         return None
     begin = int(jnp.argmin(jnp.abs(grid[:-1] - level)))
@@ -226,6 +222,11 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
     through = denoising.choose("value.through", valued.through, {"state": False, "estimate": True})
     if settings.any_arrival and not goal:
         raise UserError("model.any_arrival=True: there is no goal here; leave it out")
+    if config.plan.remaining and not settings.any_arrival:
+        raise UserError(
+            f"plan.remaining={config.plan.remaining}: this model knows goals at a plan's end only; train with "
+            "model.any_arrival=True, or take 0"
+        )
     if config.plan.candidates > 1 and not valued.train:
         raise UserError(
             f"plan.candidates={config.plan.candidates}: nothing ranks them in a model that was trained with "

@@ -16,7 +16,7 @@ from diffrl.planning import policies
 from diffrl.recipes import closed_loop, planning, results
 from diffrl.recipes.planners import PlanConfig
 from diffrl.recipes.planning import Session
-from diffrl.recipes.tasks import TaskConfig
+from diffrl.recipes.tasks import TaskConfig, scaled_returns
 from diffrl.rl import locomotion
 from diffrl.rl.environment import State
 
@@ -72,8 +72,6 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int) -> RobotTask
 def make_source(task: RobotTask, fitted: Any, horizon: int, discount: float) -> Source:
     """Windows that may reach beyond an episode's end, and returns to go, of mean 0 and variance 1."""
     plain = jax.tree.map(np.asarray, fitted)
-    returns = trajectories.returns_to_go(task.transitions.rewards, task.paths, discount)
-    returns = (returns - returns.mean()) / max(float(returns.std()), 1e-6)
     return windows(
         task.transitions,
         task.paths,
@@ -81,7 +79,7 @@ def make_source(task: RobotTask, fitted: Any, horizon: int, discount: float) -> 
         observations=plain["observations"],
         actions=plain["actions"],
         pad=True,
-        returns=returns,
+        returns=scaled_returns(task, discount),
         name=task.name,
     )
 

@@ -164,6 +164,12 @@ def make_source(
     )
 
 
+def scaled_returns(task: Any, discount: float) -> np.ndarray:
+    """Discounted returns to the end of the path [N], of mean 0 and variance 1: what a value learns."""
+    found = trajectories.returns_to_go(task.transitions.rewards, task.paths, discount)
+    return (found - found.mean()) / max(float(found.std()), 1e-6)
+
+
 def goal_observation(world: State) -> Array:
     """Where worlds are to go, as observations [B, 4]: at the goal, at rest."""
     return jnp.pad(world.info["goal"], ((0, 0), (0, 2)))

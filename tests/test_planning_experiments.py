@@ -120,6 +120,7 @@ def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
     assert "Decision Diffuser" in (tmp_path / "scores.md").read_text()
 
 
+@pytest.mark.slow
 def test_replanning_compares_ways_and_intervals(tmp_path):
     run(
         replanning, tmp_path, "--config.train.steps=2", "--config.replan.every=(8,20)", "--config.replan.remaining=4",

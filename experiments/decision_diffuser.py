@@ -63,7 +63,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     span = (config.model.horizon - 1) * config.model.stride + 1
     returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)[:, None]
     ranks = 0.5 + 0.5 * normalisers.normalise(normalisers.cdf(returns), returns)[:, 0]
-    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride, ranks)
+    source = tasks.make_source(task, fitted, config.model, ranks)
     model = planners.decision_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)

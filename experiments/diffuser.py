@@ -156,7 +156,7 @@ def maze(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     fitted = tasks.make_normalisers(config.task, task)
     returns = tasks.scaled_returns(task, config.value.discount) if config.value.train else None
-    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride, returns)
+    source = tasks.make_source(task, fitted, config.model, returns)
     model = planners.diffuser_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan)
@@ -167,7 +167,7 @@ def maze(config: Config, run: config_lib.Run) -> None:
 def locomotion(config: Config, run: config_lib.Run) -> None:
     task = robots.open_task(config.task, run.workdir, config.seed)
     fitted = tasks.make_normalisers(config.task, task)
-    source = robots.make_source(task, fitted, config.model.horizon, config.value.discount)
+    source = tasks.make_source(task, fitted, config.model, tasks.scaled_returns(task, config.value.discount), pad=True)
     model = planners.diffuser_model(config, fitted, source.shape, goal=False)
     session = planning.open_session(config, run, source, fitted, model)
     course = robots.Course(session, task, config.plan)

@@ -71,7 +71,7 @@ PRESETS = {"umaze": Config}
 def main(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     fitted = tasks.make_normalisers(config.task, task)
-    source = tasks.make_source(task, fitted, config.model.horizon, config.model.stride)
+    source = tasks.make_source(task, fitted, config.model)
     session = planning.open_session(config, run, source, fitted, planners.diffuser_model(config, fitted, source.shape))
     for every in config.replan.every:
         planners.check_every(config.model, every)

@@ -157,7 +157,7 @@ def test_with_and_without_jit_plans_and_paths_are_alike(planned):
     task = tasks.open_task(config.task, planned)
     fitted = tasks.make_normalisers(config.task, task)
     model = planners.diffuser_model(config, fitted, (16, 6))
-    source = tasks.make_source(task, fitted, 16, 4)
+    source = tasks.make_source(task, fitted, config.model)
     session = planning.open_session(config, config_lib.Run(planned, "eval", "umaze"), source, fitted, model)
     params = jax.device_get(planning.restored(session).ema)
 

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffrl.data import offline, trajectories
-from diffrl.data.source import Source
 from diffrl.data.trajectories import Paths, Transitions
-from diffrl.data.windows import windows
 from diffrl.errors import UserError
 from diffrl.planning import policies
 from diffrl.recipes import closed_loop, planning, results
 from diffrl.recipes.planners import PlanConfig
 from diffrl.recipes.planning import Session
-from diffrl.recipes.tasks import TaskConfig, scaled_returns
+from diffrl.recipes.tasks import TaskConfig
 from diffrl.rl import locomotion
 from diffrl.rl.environment import State
 
@@ -67,21 +65,6 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int) -> RobotTask
             trajectories.save(path, found, **facts)
     paths = trajectories.paths(found.terminals | found.timeouts)
     return RobotTask(label, config.robot, label, (low, high), found, paths)
-
-
-def make_source(task: RobotTask, fitted: Any, horizon: int, discount: float) -> Source:
-    """Windows that may reach beyond an episode's end, and returns to go, of mean 0 and variance 1."""
-    plain = jax.tree.map(np.asarray, fitted)
-    return windows(
-        task.transitions,
-        task.paths,
-        horizon,
-        observations=plain["observations"],
-        actions=plain["actions"],
-        pad=True,
-        returns=scaled_returns(task, discount),
-        name=task.name,
-    )
 
 
 class Course:

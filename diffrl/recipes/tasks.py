@@ -17,6 +17,7 @@ from diffrl.data.trajectories import Paths, Transitions
 from diffrl.data.windows import windows
 from diffrl.errors import UserError
 from diffrl.recipes import denoising
+from diffrl.recipes.planners import ModelConfig
 from diffrl.rl import controllers, demonstrations, maze2d, mazes, waypoints
 from diffrl.rl.controllers import Controller
 from diffrl.rl.environment import Environment, State
@@ -146,20 +147,22 @@ def make_normalisers(config: TaskConfig, task: Any) -> dict[str, normalisers.Nor
     return jax.tree.map(jnp.asarray, found)
 
 
-def make_source(
-    task: Task, fitted: dict[str, normalisers.Normaliser], horizon: int, stride: int = 1, returns: Any = None
-) -> Source:
-    """Windows of the demonstrations; raises UserError where no path is as long."""
+def make_source(task: Any, fitted: Any, config: ModelConfig, returns: Any = None, pad: bool = False) -> Source:
+    """Windows of the demonstrations, as long as a model's plans.
+
+    pad: whether they may reach beyond a path's end; else a path that is shorter has none, and UserError is raised where
+        no path is long enough.
+    """
     plain = jax.tree.map(np.asarray, fitted)
     return windows(
         task.transitions,
         task.paths,
-        horizon,
+        config.horizon,
         observations=plain["observations"],
         actions=plain["actions"],
-        pad=False,
+        pad=pad,
         returns=returns,
-        stride=stride,
+        stride=config.stride,
         name=task.name,
     )
 

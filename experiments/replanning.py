@@ -22,6 +22,7 @@ import numpy as np
 from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.evaluate import plots
+from diffrl.planning import policies
 from diffrl.recipes import closed_loop, planners, planning, results, tasks, training
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
@@ -38,7 +39,7 @@ class ReplanConfig:
 
     every: tuple[int, ...] = leaf((8, 16, 32, 64), "steps from plan to plan", free=True, at_least=1)
     warm: float = leaf(0.5, "noise level of a warm start, as part of the table", free=True, above=0, at_most=1)
-    remaining: int = leaf(16, "steps ahead of a goal that should have been reached", free=True, at_least=1)
+    remaining: int = leaf(16, "steps before the goal within which no new plan is made", free=True, at_least=1)
 
 
 @dataclasses.dataclass
@@ -105,6 +106,7 @@ def ways(config: Config) -> dict[str, PlanConfig]:
 def compare(session: planning.Session, task: tasks.Task, current: Any) -> list[dict[str, Any]]:
     """A row for each way and interval; one program for each way."""
     config, rows = session.config, []
+    space = planners.make_space(session.fitted, config.model)
     count = config.eval.episodes
     for name, plan in ways(config).items():
         print(f"{name} ...", file=sys.stderr)
@@ -115,7 +117,7 @@ def compare(session: planning.Session, task: tasks.Task, current: Any) -> list[d
             begin = time.perf_counter()
             returns, seen = arena.run(current.ema, current.frozen, count, every=every)
             seconds = time.perf_counter() - begin
-            plans = 1 + (task.steps - 1) // every if every else 1
+            plans = policies.plans_made(space, task.steps, every=every, remaining=plan.remaining)
             speed = {"plans": plans, "plans_per_s": count * plans / seconds, "episodes_per_s": count / seconds}
             rows.append({"way": name, "every": every, **closed_loop.summary(task, returns), **speed})
             results.save(session.workdir / "results.json", rows)

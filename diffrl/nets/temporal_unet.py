@@ -10,6 +10,7 @@ classifier.
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
@@ -236,11 +237,13 @@ class Lengthen(nn.Module):
 def convolve(x: Array, kernel: Array, stride: int, padding: int) -> Array:
     """x [B, H, C] with kernel [K, C, D], `padding` zeros before and after: [B, (H + 2 padding - K) // stride + 1, D].
 
-    On a CPU a product of all windows.  Alone, XLA's convolution is as fast there, but in a loop its gradients are left
-    to a kernel that is thirty times slower, and whole epochs are scanned.
+    On a CPU, where there are gradients, a product of all windows: those of XLA's convolution are left to a kernel that
+    is thirty times slower in a loop, and whole epochs are scanned.
     """
     product, plain = (functools.partial(form, stride=stride, padding=padding) for form in (unfolded, convolved))
-    return lax.platform_dependent(x, kernel, cpu=product, default=plain)
+    either = jax.custom_jvp(plain)
+    either.defjvp(lambda primals, tangents: jax.jvp(product, primals, tangents))
+    return lax.platform_dependent(x, kernel, cpu=either, default=plain)
 
 
 def convolved(x: Array, kernel: Array, *, stride: int, padding: int) -> Array:

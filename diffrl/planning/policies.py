@@ -83,9 +83,9 @@ def controller(
             one program serves all; `check_every` then belongs outside.
         goal: the worlds' State -> where they are to go, as observations [B, S].
         remaining: 0: every plan is at the goal in its last step, so that the goal moves away with the horizon.  Else
-            the goal is pinned where it was at first, a plan's length after the episode's begin, and once that is less
-            than `remaining` steps ahead, so many ahead; from there on the plan stays, which no demonstration does.  The
-            model must have been trained with `any_arrival`.
+            the goal is pinned where it was at first, a plan's length after the episode's begin, and a plan stays there,
+            which no demonstration does; fewer than `remaining` steps before, no new plan is made.  The model must have
+            been trained with `any_arrival`.
 
     Raises:
         UserError: a plan that ends before the next is made or between two of its rows, or a `remaining` beyond it.
@@ -108,14 +108,14 @@ def controller(
 
     def step(carry: Carry, world: State, keys: Array) -> tuple[Array, Carry]:
         def anew() -> Carry:
-            ahead = jnp.maximum(span - carry.time, remaining)
-            arrival = jnp.maximum(ahead // stride, 1) if remaining else None
+            arrival = jnp.maximum((span - carry.time) // stride, 1) if remaining else None
             aim = target(world)
             new = made(planner.again(fold(keys, 0), world.obs, aim, arrival, carry.x, carry.age // stride), carry.time)
             return new if arrival is None else new._replace(plan=_staying(new.plan, arrival * stride, aim))
 
         if not isinstance(every, int) or every:
-            carry = jax.lax.cond((carry.age >= every) & (every > 0), anew, lambda: carry)
+            due = (carry.age >= every) & (every > 0) & ((remaining == 0) | (span - carry.time >= remaining))
+            carry = jax.lax.cond(due, anew, lambda: carry)
         action = act(carry.plan, carry.age, world.obs)
         return action, carry._replace(age=carry.age + 1, time=carry.time + 1)
 
@@ -126,6 +126,12 @@ def _staying(plan: Plan, arrival: Array, goal: Array) -> Plan:
     """The plan that is at `goal` [B, S] from step `arrival` on."""
     steps = jnp.arange(plan.observations.shape[1])[None, :, None]
     return plan._replace(observations=jnp.where(steps >= arrival, goal[:, None], plan.observations))
+
+
+def plans_made(space: Space, steps: int, *, every: int, remaining: int = 0) -> int:
+    """How many plans `controller` makes in an episode of so many steps."""
+    last = min(steps - 1, space.span - remaining) if remaining else steps - 1
+    return 1 + last // every if every else 1
 
 
 def check_every(space: Space, every: int) -> None:

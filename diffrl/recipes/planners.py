@@ -72,7 +72,7 @@ class PlanConfig:
     )
     remaining: int = leaf(
         0,
-        "goals stay at their time, and from then on so many steps ahead; 0: always at the plan's end",
+        "goals stay at their time, and fewer steps before it no plan is made; 0: always at a plan's end",
         free=True,
         at_least=0,
     )

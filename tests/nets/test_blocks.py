@@ -1,14 +1,41 @@
 """The U-Net's parts: resampling by hand, dropout's statistics and its independence of the batch."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffrl.nets.blocks import AttentionBlock, Dropout, ResidualBlock, double, halve
+from diffrl.errors import UserError
+from diffrl.nets.blocks import AttentionBlock, Dropout, GroupNorm, ResidualBlock, double, halve
 
 KEYS = jax.random.split(jax.random.key(1), 6)
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (2, 7, 12), (2, 4, 5, 12), (2, 3, 4, 2, 12)])
+def test_group_norm_is_that_of_flax(shape):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = 3.0 + 2.0 * jax.random.normal(keys[0], shape, jnp.float32)
+    params = {"scale": jax.random.normal(keys[1], (12,)), "bias": jax.random.normal(keys[2], (12,))}
+
+    def both(norm):
+        def loss(params, x):
+            y = norm.apply({"params": params}, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        assert jax.tree.structure(norm.init(keys[0], x)["params"]) == jax.tree.structure(params)
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+
+    want, got = both(nn.GroupNorm(4, epsilon=1e-5)), both(GroupNorm(4, 1e-5))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), got, want)
+    assert GroupNorm(4, 1e-5).apply({"params": params}, x.astype(jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_groups_that_do_not_divide_are_one_line():
+    with pytest.raises(UserError, match="groups=5 does not divide 12 channels"):
+        GroupNorm(5, 1e-5).init(jax.random.key(0), jnp.zeros((2, 3, 12)))
 
 
 def test_double_and_halve_by_hand():

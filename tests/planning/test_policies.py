@@ -69,17 +69,26 @@ def test_receding_horizon_plans_anew_after_so_many_steps():
     np.testing.assert_array_equal(taken, [1, 2, 3, 4, 401, 402, 403, 404, 401, 402, 403, 404])
 
 
-def test_goals_come_nearer_where_they_stay_at_their_time():
-    seen = []
+@pytest.mark.parametrize(("remaining", "made"), [(1, {2: 3, 4: 1}), (2, {2: 3}), (4, {})])
+def test_goals_come_nearer_where_they_stay_at_their_time(remaining, made):
+    """Plans at 2, 4, ... know how many rows there are to go, and none is made when there are fewer than `remaining`."""
+    seen, want = [], np.array([1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 6, 6])
+    for time, ahead in made.items():
+        want[time:] = np.minimum(np.arange(1, 13 - time), 6) + 200 + ahead
+    options = {"every": 2, "remaining": remaining}
     taken, _ = actions_of(
-        policies.controller(
-            straight(seen=seen), policies.planned_actions, every=2, remaining=1, goal=lambda world: world.obs
-        ),
+        policies.controller(straight(seen=seen), policies.planned_actions, goal=lambda world: world.obs, **options),
         counting(),
     )
-    # Rows ahead of the plans made at times 2, 4, 6, ...: 3, 1, and 1 from then on.
-    np.testing.assert_array_equal(taken[2::2], [1 + 200 + ahead for ahead in (3, 1, 1, 1, 1)])
+    np.testing.assert_array_equal(taken, want)
     assert all(given == (True, True) for given in seen)
+    assert policies.plans_made(SPACE, 12, **options) == 1 + len(made)
+
+
+def test_plans_are_counted():
+    """In episodes of 12 steps, of which the last has the number 11."""
+    counts = [policies.plans_made(SPACE, 12, every=every) for every in (0, 1, 2, 4, 5)]
+    assert counts == [1, 12, 6, 3, 3]
 
 
 def test_plans_stay_where_they_arrive():

@@ -3,21 +3,25 @@
     python -m experiments.decision_diffuser                        # U-maze, minutes on two cores
     python -m experiments.decision_diffuser --mode=eval --config.decision.target=0.5
     python -m experiments.decision_diffuser --mode=eval --config.decision.guidance=0      # asks for nothing
+    python -m experiments.decision_diffuser --preset=hopper --config.task.actors=ACTORS.npz
 
-The model is not told where the goal is.  It is told the return of the next steps (time near the goal, discounted), by
-its rank among the demonstrations', and is asked for a high one: with decision.quantile, for what the best ones had from
-where the plan begins, else for decision.target.  Noise of half the standard deviation draws likely plans; an inverse
-model acts, and plans are made anew every few steps.
+The model is not told where the goal is.  It is told a return by its rank among the demonstrations': of the next steps
+in a maze (time near the goal), to the episode's end of a robot, discounted.  It is asked for a high one: with
+decision.quantile, for what the best ones had from where the plan begins, else for decision.target.  Noise of half the
+standard deviation draws likely plans; an inverse model acts, and plans are made anew every few steps.
 
 train, eval: as of `experiments.diffuser`.
 """
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.data import normalisers, trajectories
-from diffrl.recipes import closed_loop, planners, planning, tasks, training
+from diffrl.recipes import closed_loop, planners, planning, robots, tasks
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.planners import DecisionConfig, ModelConfig, NetConfig, PlanConfig
@@ -51,30 +55,72 @@ class Config:
     seed: int = 0
 
 
-PRESETS = {"umaze": Config}
+def _robot(name: str) -> Config:
+    """D4RL's locomotion at a CPU's size: 32 steps, asked for the best returns that were had from there."""
+    config = Config(
+        task=TaskConfig(robot=name, transitions=200_000, normaliser="gaussian"),
+        model=ModelConfig(horizon=32),
+        return_discount=0.99,
+        diffusion=DiffusionConfig(process="improved", table_steps=20, prediction="x0", times="discrete"),
+        plan=PlanConfig(temperature=0.5, clip=False, every=2),
+        eval=EvalConfig(episodes=8, watch=4),
+    )
+    config.train = dataclasses.replace(config.train, steps=6000, sample_every=0, checkpoint_every=1000)
+    return config
+
+
+def hopper() -> Config:
+    """Our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'."""
+    return _robot("hopper")
+
+
+def halfcheetah() -> Config:
+    """See hopper."""
+    return _robot("halfcheetah")
+
+
+def walker2d() -> Config:
+    """See hopper."""
+    return _robot("walker2d")
+
+
+LOSSES = ("planning", "acting")
+PRESETS = {"umaze": Config, "hopper": hopper, "halfcheetah": halfcheetah, "walker2d": walker2d}
 
 
 def main(config: Config, run: config_lib.Run) -> None:
+    (locomotion if config.task.robot else maze)(config, run)
+    print(f"everything lies in {run.workdir}")
+
+
+def maze(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     # Windows may run across the goal and out of it again: returns tell them apart.
     paths = trajectories.paths(task.transitions.timeouts & ~task.transitions.timeouts)
     task = task._replace(paths=paths)
-    fitted = tasks.make_normalisers(config.task, task)
     span = (config.model.horizon - 1) * config.model.stride + 1
-    returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)[:, None]
-    ranks = 0.5 + 0.5 * normalisers.normalise(normalisers.cdf(returns), returns)[:, 0]
-    source = tasks.make_source(task, fitted, config.model, ranks)
-    model = planners.decision_model(config, fitted, source.shape)
-    session = planning.open_session(config, run, source, fitted, model)
+    returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)
+    session = opened(config, run, task, returns)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)
-    if run.mode == "train":
-        current = planning.train(session, [closed_loop.watch(session, arena)] if config.train.sample_every else [])
-        training.plot_loss(session.writers, run.workdir / "loss.png", ("planning", "acting"))
-        closed_loop.plot_curve(session, task)
-    else:
-        current = planning.restored(session)
+    current = closed_loop.trained(session, arena, run.mode, LOSSES)
     closed_loop.report(session, arena, current, "Decision Diffuser", goal=False)
-    print(f"everything lies in {run.workdir}")
+
+
+def locomotion(config: Config, run: config_lib.Run) -> None:
+    task = robots.open_task(config.task, run.workdir, config.seed)
+    returns = trajectories.returns_to_go(task.transitions.rewards, task.paths, config.return_discount)
+    session = opened(config, run, task, returns, pad=True)
+    course = robots.Course(session, task, config.plan)
+    current = closed_loop.trained(session, course, run.mode, LOSSES)
+    robots.report(session, course, current, "Decision Diffuser")
+
+
+def opened(config: Config, run: config_lib.Run, task: Any, returns: np.ndarray, pad: bool = False) -> planning.Session:
+    """A session whose model is told the ranks, 0 to 1, of returns [N]."""
+    fitted = tasks.make_normalisers(config.task, task)
+    ranks = 0.5 + 0.5 * normalisers.normalise(normalisers.cdf(returns[:, None]), returns[:, None])[:, 0]
+    source = tasks.make_source(task, fitted, config.model, ranks, pad)
+    return planning.open_session(config, run, source, fitted, planners.decision_model(config, fitted, source.shape))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ eval: the same again with other episodes, or with other ways to plan (--config.p
 """
 
 import dataclasses
-from typing import Any
 
 from diffrl import config as config_lib
-from diffrl.recipes import closed_loop, planners, planning, robots, tasks, training
+from diffrl.recipes import closed_loop, planners, planning, robots, tasks
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.planners import ModelConfig, NetConfig, PlanConfig, ValueConfig
@@ -28,7 +27,6 @@ from diffrl.recipes.tasks import TaskConfig
 from diffrl.recipes.training import TrainConfig
 from diffrl.train.mesh import MeshConfig, init_distributed
 from diffrl.train.optim import OptimConfig
-from diffrl.train.state import TrainState
 
 
 def _diffusion(steps: int) -> DiffusionConfig:
@@ -134,6 +132,7 @@ def walker2d() -> Config:
     return _robot("walker2d")
 
 
+LOSSES = ("planning", "value", "loss")
 PRESETS = {
     "umaze": Config,
     "medium": medium,
@@ -160,7 +159,7 @@ def maze(config: Config, run: config_lib.Run) -> None:
     model = planners.diffuser_model(config, fitted, source.shape)
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan)
-    current = trained(session, arena, run.mode)
+    current = closed_loop.trained(session, arena, run.mode, LOSSES)
     closed_loop.report(session, arena, current, "Diffuser")
 
 
@@ -171,18 +170,8 @@ def locomotion(config: Config, run: config_lib.Run) -> None:
     model = planners.diffuser_model(config, fitted, source.shape, goal=False)
     session = planning.open_session(config, run, source, fitted, model)
     course = robots.Course(session, task, config.plan)
-    current = trained(session, course, run.mode)
+    current = closed_loop.trained(session, course, run.mode, LOSSES)
     robots.report(session, course, current, "Diffuser")
-
-
-def trained(session: planning.Session, judge: Any, mode: str) -> TrainState:
-    """The state at the end of training, curves drawn; or the newest checkpoint's."""
-    if mode == "eval":
-        return planning.restored(session)
-    current = planning.train(session, [closed_loop.watch(session, judge)] if session.config.train.sample_every else [])
-    training.plot_loss(session.writers, session.workdir / "loss.png", ("planning", "value", "loss"))
-    closed_loop.plot_curve(session, judge.task)
-    return current
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ TINY = [
 
 
 def run(experiment, workdir, *flags, tiny=TINY):
-    arguments = [f"--workdir={workdir}", *tiny, *flags]
+    arguments = [f"--workdir={workdir}", *tiny, *filter(None, flags)]
     config_lib.run(experiment.main, experiment.PRESETS, modes=("train", "eval"), argv=arguments)
 
 
@@ -118,6 +118,32 @@ def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
     for key in ("planning", "acting", "quantile"):
         assert np.isfinite(metrics[-1][key])
     assert "Decision Diffuser" in (tmp_path / "scores.md").read_text()
+
+
+@pytest.mark.parametrize("experiment", [diffuser, decision_diffuser])
+def test_robots_plan_from_a_file_and_walk(experiment, tmp_path):
+    """Demonstrations of no skill: two falls and a cut episode; planners trained for two steps walk until they fall."""
+    pytest.importorskip("gymnasium")
+    random = np.random.default_rng(0)
+    file = tmp_path / "hops.npz"
+    falls, cuts = np.zeros((2, 300), bool)
+    falls[[99, 199]], cuts[299] = True, True
+    seen, done = random.standard_normal((300, 11)), random.uniform(-1, 1, (300, 3))
+    rows = (x.astype(np.float32) for x in (seen, done, random.random(300)))
+    trajectories.save(file, trajectories.Transitions(*rows, falls, cuts))
+    run(
+        experiment, tmp_path / "run", "--preset=hopper", f"--config.task.file={file}", "--config.train.steps=2",
+        "--config.value.multipliers=(1,)" * (experiment is diffuser), "--config.eval.episodes=2",
+        "--config.diffusion.table_steps=4", "--config.train.sample_every=2",
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    (name,) = (name for name in scores if "step 2" in name)
+    assert "hopper of hops.npz" in name
+    assert scores[name]["episodes"] == 2 == len(scores["lengths"])
+    assert 0 < min(scores["lengths"]) < 300
+    demonstrated = scores["the demonstrations' episodes"]
+    assert demonstrated["episodes"] == 2
+    assert demonstrated["return"] == pytest.approx(50, abs=10)
 
 
 @pytest.mark.slow

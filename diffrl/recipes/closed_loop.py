@@ -13,13 +13,14 @@ import numpy as np
 from diffrl.config import leaf
 from diffrl.evaluate import grids, plots, video
 from diffrl.planning import policies
-from diffrl.recipes import planning, results, tasks
+from diffrl.recipes import planning, results, tasks, training
 from diffrl.recipes.planners import PlanConfig, check_every
 from diffrl.recipes.planning import Session
 from diffrl.recipes.tasks import Task
 from diffrl.rl import controllers, drawing, maze2d
 from diffrl.rl.controllers import Controller
 from diffrl.train import hooks, mesh
+from diffrl.train.state import TrainState
 
 Array = jax.Array
 SHOWN = 8  # episodes that are drawn
@@ -115,6 +116,19 @@ def watch(session: Session, arena: Any) -> hooks.Hook:
             session.best.save(done, current)
 
     return hooks.every(settings.sample_every, hook, settings.inner)
+
+
+def trained(session: Session, judge: Any, mode: str, losses: tuple[str, ...]) -> TrainState:
+    """The state at the end of training, loss.png and curve.png drawn; in mode eval that of the newest checkpoint.
+
+    judge: an `Arena`, or a `robots.Course`.
+    """
+    if mode == "eval":
+        return planning.restored(session)
+    current = planning.train(session, [watch(session, judge)] if session.config.train.sample_every else [])
+    training.plot_loss(session.writers, session.workdir / "loss.png", losses)
+    plot_curve(session, judge.task)
+    return current
 
 
 def plot_curve(session: Session, task: Any) -> None:

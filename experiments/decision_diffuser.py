@@ -96,7 +96,7 @@ def main(config: Config, run: config_lib.Run) -> None:
 def maze(config: Config, run: config_lib.Run) -> None:
     task = tasks.open_task(config.task, run.workdir, config.seed)
     # Windows may run across the goal and out of it again: returns tell them apart.
-    paths = trajectories.paths(task.transitions.timeouts & ~task.transitions.timeouts)
+    paths = trajectories.paths(task.seams)
     task = task._replace(paths=paths)
     span = (config.model.horizon - 1) * config.model.stride + 1
     returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)

@@ -176,6 +176,17 @@ def goal_exits(positions: np.ndarray, goal: np.ndarray, radius: float = 0.5) -> 
     return exits
 
 
+def seams(positions: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
+    """Timeouts after which the agent is elsewhere: where what was recorded in several pieces is joined.
+
+    At the timeouts of D4RL's maze2d only the target changes, and the next row has the same position once more.
+
+    positions: [N, D].  timeouts: bool [N].  Returns bool [N], to stand in for timeouts.
+    """
+    elsewhere = np.append((positions[1:] != positions[:-1]).any(axis=-1), False)
+    return timeouts & elsewhere
+
+
 def split(paths: Paths, share: float, seed: int) -> tuple[Paths, Paths]:
     """Paths to learn from, and `share` of them (at least one), drawn at random, that are held out.
 

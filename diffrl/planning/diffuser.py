@@ -47,6 +47,7 @@ class Draws(NamedTuple):
         sampler: fixed entries [B, H, A + S] -> Sampler, to be pinned there.
         times: the grid of a plan from noise [N + 1].
         warm_times: the grid of a plan from the plan before, which begins where that is noised to; None: from noise too.
+        temperature: factor on the noise that plans begin with.
         candidates: plans per world, of which the best is taken.
         score: (x [B, H, A + S], goal [B, S] or None) -> [B], by which candidates are ranked.
     """
@@ -55,6 +56,7 @@ class Draws(NamedTuple):
     sampler: Callable[[Array], Sampler]
     times: Array
     warm_times: Array | None = None
+    temperature: float = 1.0
     candidates: int = 1
     score: Callable[[Array, Array | None], Array] | None = None
 
@@ -142,7 +144,7 @@ def planner(space: Space, draws: Draws, cond: Callable[[Array, Any, Any], Any] =
 
     def plan(keys, obs, goal=None, arrival=None):
         def noise(keys):
-            return start(draws.process, keys, (len(keys), *space.shape), draws.times[0])
+            return draws.temperature * start(draws.process, keys, (len(keys), *space.shape), draws.times[0])
 
         return best(keys, noise, draws.times, obs, goal, arrival)
 

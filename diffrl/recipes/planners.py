@@ -59,7 +59,9 @@ class PlanConfig:
 
     sampler: str = leaf("ancestral", "ancestral, ddim, heun, dpmpp_2m, dpmpp_2m_sde or unipc", free=True)
     steps: int = leaf(0, "of the sampler, 0: all of the table's", free=True, at_least=0)
-    temperature: float = leaf(1.0, "ancestral: factor on the noise of its steps", free=True, at_least=0)
+    temperature: float = leaf(
+        1.0, "factor on the noise that plans begin with and, ancestral, on that of its steps", free=True, at_least=0
+    )
     clip: bool = leaf(True, "keep the estimate of the plan in [-1, 1]", free=True)
     candidates: int = leaf(1, "plans of which the best is taken", free=True, at_least=1)
     every: int = leaf(0, "steps from plan to plan; 0: the first is carried out to its end", free=True, at_least=0)
@@ -193,7 +195,15 @@ def make_drawing(diffusion: Diffusion, table_steps: int, plan: PlanConfig) -> Ca
 
     def draws(denoise, score=None, around=lambda sampler, fixed: sampler):
         sampler = denoising.make_sampler(diffusion, settings, denoise, None)
-        return Draws(diffusion.process, lambda fixed: around(sampler, fixed), grid, warm, plan.candidates, score)
+        return Draws(
+            diffusion.process,
+            lambda fixed: around(sampler, fixed),
+            grid,
+            warm,
+            plan.temperature,
+            plan.candidates,
+            score,
+        )
 
     return draws
 

@@ -61,6 +61,7 @@ class Task(NamedTuple):
         env: one world.  steps: of an episode.
         reference: returns that score 0 and 100.
         transitions, paths: demonstrations, and where they may be cut into windows.
+    seams: [N], rows after which something else begins; paths end there, and where the agent leaves the goal.
         rivals: others who act in it, by name.
     """
 
@@ -71,6 +72,7 @@ class Task(NamedTuple):
     reference: tuple[float, float]
     transitions: Transitions
     paths: Paths
+    seams: np.ndarray
     rivals: dict[str, Controller]
 
 
@@ -98,14 +100,16 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
             f"{found.actions.shape[1]} per action: a maze has 4 and 2"
         )
     # Diffuser's paths end where the agent leaves the goal, whatever it was after.
-    exits = trajectories.goal_exits(found.observations[:, :2], np.array(maze.goal, np.float32))
+    places = found.observations[:, :2]
+    exits = trajectories.goal_exits(places, np.array(maze.goal, np.float32))
+    seams = trajectories.seams(places, found.timeouts | found.terminals)
     rivals = {
         "waypoint controller": waypoints.controller(maze),
         "D4RL's reference": waypoints.controller(maze, stale=True),
         "random actions": controllers.uniform(env),
     }
     reference = fields[2][config.reward] if fields and steps == usual else _reference(env, steps, rivals)
-    return Task(env.name, maze, env, steps, reference, found, trajectories.paths(exits), rivals)
+    return Task(env.name, maze, env, steps, reference, found, trajectories.paths(exits | seams), seams, rivals)
 
 
 def _demonstrations(config: TaskConfig, maze: Maze, steps: int, workdir: pathlib.Path, seed: int) -> Transitions:

@@ -1,13 +1,13 @@
 """Decision Diffuser (Ajay et al., 2023, arXiv:2211.15657): plans of observations, asked for by their return.
 
     python -m experiments.decision_diffuser                        # U-maze, minutes on two cores
-    python -m experiments.decision_diffuser --mode=eval --config.decision.target=0.5
+    python -m experiments.decision_diffuser --mode=eval --config.decision.target=0.5      # asks for a middling return
     python -m experiments.decision_diffuser --mode=eval --config.decision.guidance=0      # asks for nothing
     python -m experiments.decision_diffuser --preset=hopper --config.task.actors=ACTORS.npz
 
 The model is not told where the goal is.  It is told a return by its rank among the demonstrations': of the next steps
 in a maze (time near the goal), to the episode's end of a robot, discounted.  It is asked for a high one: with
-decision.quantile, for what the best ones had from where the plan begins, else for decision.target.  Noise of half the
+decision.target for that rank, else for what the best ones had from where the plan begins.  Noise of half the
 standard deviation draws likely plans; an inverse model acts, and plans are made anew every few steps.
 
 train, eval: as of `experiments.diffuser`.
@@ -21,6 +21,7 @@ import numpy as np
 from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.data import normalisers, trajectories
+from diffrl.errors import UserError
 from diffrl.recipes import closed_loop, planners, planning, robots, tasks
 from diffrl.recipes.closed_loop import EvalConfig
 from diffrl.recipes.denoising import DiffusionConfig
@@ -94,6 +95,8 @@ def main(config: Config, run: config_lib.Run) -> None:
 
 
 def maze(config: Config, run: config_lib.Run) -> None:
+    if config.task.random_goal:
+        raise UserError("task.random_goal=True: returns are those of the maze's own goal here; leave it out")
     task = tasks.open_task(config.task, run.workdir, config.seed)
     # Windows may run across the goal and out of it again: returns tell them apart.
     paths = trajectories.paths(task.seams)
@@ -103,7 +106,9 @@ def maze(config: Config, run: config_lib.Run) -> None:
     session = opened(config, run, task, returns)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)
     current = closed_loop.trained(session, arena, run.mode, LOSSES)
-    closed_loop.report(session, arena, current, "Decision Diffuser", goal=False)
+    closed_loop.report(
+        session, arena, current, "Decision Diffuser", closed_loop.results_folder(run, config), goal=False
+    )
 
 
 def locomotion(config: Config, run: config_lib.Run) -> None:
@@ -112,7 +117,7 @@ def locomotion(config: Config, run: config_lib.Run) -> None:
     session = opened(config, run, task, returns, pad=True)
     course = robots.Course(session, task, config.plan)
     current = closed_loop.trained(session, course, run.mode, LOSSES)
-    robots.report(session, course, current, "Decision Diffuser")
+    robots.report(session, course, current, "Decision Diffuser", closed_loop.results_folder(run, config))
 
 
 def opened(config: Config, run: config_lib.Run, task: Any, returns: np.ndarray, pad: bool = False) -> planning.Session:

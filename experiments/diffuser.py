@@ -13,7 +13,7 @@ with all 64 steps of diffusion and walks: environment, controller and sampler ar
 train: checkpoints, metrics, curve.json and curve.png (score against steps; the best checkpoint lies in best/), then
 scores.json, plans.png and plans.gif, of the last and of the best checkpoint, for the maze's goal (single-task) and for
 random ones (multi-task), beside D4RL's controller and random actions.
-eval: the same again with other episodes, or with other ways to plan (--config.plan...).
+eval: scores and pictures again, into eval/, with other episodes (--config.plan.seed) or other ways to plan.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def maze(config: Config, run: config_lib.Run) -> None:
     session = planning.open_session(config, run, source, fitted, model)
     arena = closed_loop.Arena(session, task, config.plan)
     current = closed_loop.trained(session, arena, run.mode, LOSSES)
-    closed_loop.report(session, arena, current, "Diffuser")
+    closed_loop.report(session, arena, current, "Diffuser", closed_loop.results_folder(run, config))
 
 
 def locomotion(config: Config, run: config_lib.Run) -> None:
@@ -171,7 +171,7 @@ def locomotion(config: Config, run: config_lib.Run) -> None:
     session = planning.open_session(config, run, source, fitted, model)
     course = robots.Course(session, task, config.plan)
     current = closed_loop.trained(session, course, run.mode, LOSSES)
-    robots.report(session, course, current, "Diffuser")
+    robots.report(session, course, current, "Diffuser", closed_loop.results_folder(run, config))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ horizon: the agent may always arrive later.  "cold, goal at its time" pins it wh
 that has seen goals anywhere in its windows (model.any_arrival).  "warm" does the same from the plan before: shifted,
 noised to the level replan.warm and denoised again, for that part of the price.
 
-train: trains, then fills the table (table.md, results.json, replanning.png).  eval: only the table.
+train: trains, then fills the table (table.md, results.json, replanning.png).  eval: only the table, into eval/.
 """
 
 import dataclasses
+import pathlib
 import sys
 import time
 from typing import Any
@@ -76,17 +77,19 @@ def main(config: Config, run: config_lib.Run) -> None:
     session = planning.open_session(config, run, source, fitted, planners.diffuser_model(config, fitted, source.shape))
     for every in config.replan.every:
         planners.check_every(config.model, every)
+    arenas = {name: arena(session, task, plan) for name, plan in ways(config).items()}
+    folder = closed_loop.results_folder(run, config)
     if run.mode == "train":
         current = planning.train(session)
         training.plot_loss(session.writers, run.workdir / "loss.png")
     else:
         current = planning.restored(session)
-    found = compare(session, task, current)
+    found = compare(config, arenas, current, folder)
     text = table(found)
     if jax.process_index() == 0:
-        (run.workdir / "table.md").write_text(text + "\n", encoding="utf-8")
+        (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
-    draw(config, found, run.workdir)
+    draw(config, found, folder)
     print(f"everything lies in {run.workdir}")
 
 
@@ -103,15 +106,23 @@ def ways(config: Config) -> dict[str, PlanConfig]:
     }
 
 
-def compare(session: planning.Session, task: tasks.Task, current: Any) -> list[dict[str, Any]]:
+def arena(session: planning.Session, task: tasks.Task, plan: PlanConfig) -> closed_loop.Arena:
+    """Episodes under plans that are made in one of the ways."""
+    config = dataclasses.replace(session.config, plan=plan)
+    model = planners.diffuser_model(config, session.fitted, session.source.shape)
+    return closed_loop.Arena(session._replace(model=model), task, plan)
+
+
+def compare(
+    config: Config, arenas: dict[str, closed_loop.Arena], current: Any, folder: pathlib.Path
+) -> list[dict[str, Any]]:
     """A row for each way and interval; one program for each way."""
-    config, rows = session.config, []
-    space = planners.make_space(session.fitted, config.model)
+    rows: list[dict[str, Any]] = []
     count = config.eval.episodes
-    for name, plan in ways(config).items():
+    for name, arena in arenas.items():
         print(f"{name} ...", file=sys.stderr)
-        model = planners.diffuser_model(dataclasses.replace(config, plan=plan), session.fitted, session.source.shape)
-        arena = closed_loop.Arena(session._replace(model=model), task, plan)
+        plan, task = arena.plan, arena.task
+        space = planners.make_space(arena.session.fitted, config.model)
         arena.run(current.ema, current.frozen, count)  # compiles
         for every in config.replan.every if plan.every else (0,):
             begin = time.perf_counter()
@@ -120,8 +131,8 @@ def compare(session: planning.Session, task: tasks.Task, current: Any) -> list[d
             plans = policies.plans_made(space, task.steps, every=every, remaining=plan.remaining)
             speed = {"plans": plans, "plans_per_s": count * plans / seconds, "episodes_per_s": count / seconds}
             rows.append({"way": name, "every": every, **closed_loop.summary(task, returns), **speed})
-            results.save(session.workdir / "results.json", rows)
-        closed_loop.draw(task, seen, session.workdir / f"{name.replace(', ', '_').replace(' ', '_')}.png")
+            results.save(folder / "results.json", rows)
+        closed_loop.draw(task, seen, folder / f"{name.replace(', ', '_').replace(' ', '_')}.png")
     return rows
 
 

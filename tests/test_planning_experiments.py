@@ -8,7 +8,6 @@ import pytest
 
 from diffrl import config as config_lib
 from diffrl.data import trajectories
-from diffrl.errors import UserError
 from diffrl.rl import mazes
 from experiments import decision_diffuser, diffuser, replanning
 
@@ -66,9 +65,12 @@ def test_more_steps_go_on_and_other_plans_need_no_training(planned, capsys):
     assert set(after) == {"4", "8", "12"}
     assert {step: after[step] for step in before} == before
     assert "Diffuser, the maze's goal, step 12" in capsys.readouterr().out
-    scores = json.loads((planned / "scores.json").read_text())
+    scores = (planned / "scores.json").read_text()
     run(diffuser, planned, "--mode=eval", "--config.plan.every=20", "--config.plan.warm=0.5", "--config.plan.seed=3")
-    assert json.loads((planned / "scores.json").read_text()) != scores
+    assert (planned / "scores.json").read_text() == scores
+    assert (planned / "eval" / "scores.json").read_text() != scores
+    assert json.loads((planned / "eval" / "config.json").read_text())["plan"]["seed"] == 3
+    assert (planned / "eval" / "plans.png").exists()
 
 
 def test_a_maze_of_ones_own(tmp_path):
@@ -98,15 +100,52 @@ def test_a_maze_of_ones_own(tmp_path):
         (["--preset=hopper", "--config.task.actors="], "task.actors"),
         (["--preset=hopper", "--config.task.quality=best"], "medium"),
         (["--config.task.robot=hoper"], "hopper"),
+        (["--config.task.start=(1,0)"], "start=(1, 0) lies in a wall"),
+        (["--config.task.start=(1,)"], "give x and y"),
+        (["--config.plan.steps=9"], "plan.steps=9"),
+        (["--config.train.profiles_every=2"], "no snapshots"),
+        (["--config.diffusion.drop_label=0.5"], "no labels"),
+        (["--config.task.normaliser=gaussian"], "plan.clip=False"),
+        (["--config.value.train=True", "--config.plan.sampler=dpmpp_2m"], "dpmpp_2m"),
     ],
 )
 def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
+    refused(diffuser, tmp_path, flags, words, capsys)
+
+
+def refused(experiment, workdir, flags, words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(diffuser, tmp_path, *flags)
+        run(experiment, workdir, *flags)
     assert stopped.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "flags", "words"),
+    [
+        (decision_diffuser, ["--config.plan.remaining=16"], "no goal to keep"),
+        (decision_diffuser, ["--config.plan.candidates=4"], "no value to rank by"),
+        (decision_diffuser, ["--config.decision.quantile=0"], "Set one"),
+        (decision_diffuser, ["--config.task.random_goal=True"], "task.random_goal"),
+        (replanning, ["--config.replan.every=(8,)", "--config.model.any_arrival=False"], "any_arrival"),
+        (replanning, ["--config.replan.every=(8,)", "--config.replan.remaining=500"], "remaining=500"),
+        (replanning, [], "every 64 steps"),
+    ],
+)
+def test_mistakes_of_the_others_too(experiment, flags, words, tmp_path, capsys):
+    refused(experiment, tmp_path, flags, words, capsys)
+
+
+def test_demonstrations_of_something_else_are_refused(planned, tmp_path, capsys):
+    refused(diffuser, planned, ["--mode=eval", "--config.task.maze=medium"], "task.maze", capsys)
+    (tmp_path / "demonstrations.npz").write_bytes((planned / "demonstrations.npz").read_bytes())
+    refused(diffuser, tmp_path, ["--config.task.maze=medium"], "maze='umaze', not 'medium'", capsys)
+    refused(diffuser, tmp_path, ["--config.task.transitions=500"], "transitions=6000, not 500", capsys)
+    file = f"--config.task.file={tmp_path / 'demonstrations.npz'}"
+    refused(diffuser, tmp_path / "other", [file, "--config.task.maze=large"], "not in free cells of large", capsys)
+    refused(diffuser, tmp_path / "robot", [file, "--config.task.robot=hopper"], "hopper has 11 and 3", capsys)
 
 
 def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
@@ -120,7 +159,7 @@ def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
     assert "Decision Diffuser" in (tmp_path / "scores.md").read_text()
 
 
-@pytest.mark.parametrize("experiment", [diffuser, decision_diffuser])
+@pytest.mark.parametrize("experiment", [pytest.param(diffuser, marks=pytest.mark.slow), decision_diffuser])
 def test_robots_plan_from_a_file_and_walk(experiment, tmp_path):
     """Demonstrations of no skill: two falls and a cut episode; planners trained for two steps walk until they fall."""
     pytest.importorskip("gymnasium")
@@ -134,7 +173,7 @@ def test_robots_plan_from_a_file_and_walk(experiment, tmp_path):
     run(
         experiment, tmp_path / "run", "--preset=hopper", f"--config.task.file={file}", "--config.train.steps=2",
         "--config.value.multipliers=(1,)" * (experiment is diffuser), "--config.eval.episodes=2",
-        "--config.diffusion.table_steps=4", "--config.train.sample_every=2",
+        "--config.diffusion.table_steps=4",
     )  # fmt: skip
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     (name,) = (name for name in scores if "step 2" in name)
@@ -201,6 +240,7 @@ def test_with_and_without_jit_plans_and_paths_are_alike(planned):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_errors_of_missing_checkpoints(tmp_path):
-    with pytest.raises((SystemExit, UserError)):
-        run(diffuser, tmp_path, "--mode=eval")
+def test_plans_of_no_checkpoint_are_one_line(planned, tmp_path, capsys):
+    refused(diffuser, tmp_path, ["--mode=eval"], "no run", capsys)
+    (tmp_path / "config.json").write_bytes((planned / "config.json").read_bytes())
+    refused(diffuser, tmp_path, ["--mode=eval"], "no checkpoint yet", capsys)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffrl.config import leaf
+from diffrl.config import Run, leaf
 from diffrl.evaluate import grids, plots, video
 from diffrl.planning import policies
 from diffrl.recipes import planning, results, tasks, training
@@ -56,6 +56,9 @@ class Arena:
             return controllers.execute(task.env, controller, task.steps, keep)(keys)
 
         self._play = jax.jit(play)
+        # What a plan cannot be is found before training.
+        keys = jax.random.split(jax.random.key(0), _batch(self, session.config.eval.episodes))
+        jax.eval_shape(self._play, planning.shapes(session), session.fitted, keys, jnp.asarray(0))
 
     def run(
         self, params: Any, frozen: Any, count: int, purpose: int = 0, every: int | None = None
@@ -68,11 +71,15 @@ class Arena:
         return _in_batches(self, lambda keys: self._play(params, frozen, keys, often), count, purpose)
 
 
+def _batch(arena: Arena, count: int) -> int:
+    """Episodes side by side, as many for each device."""
+    parts = mesh.batch_parts(arena.session.devices)
+    return -(-min(arena.session.config.eval.batch, count) // parts) * parts
+
+
 def _in_batches(arena: Arena, play: Callable, count: int, purpose: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Episode i has the key (seed, purpose, i), whatever the size of a batch."""
-    devices = arena.session.devices
-    parts = mesh.batch_parts(devices)
-    size = -(-min(arena.session.config.eval.batch, count) // parts) * parts
+    devices, size = arena.session.devices, _batch(arena, count)
     key = jax.random.fold_in(jax.random.key(arena.plan.seed), purpose)
     returns: list[np.ndarray] = []
     shown: dict[str, np.ndarray] = {}
@@ -100,6 +107,9 @@ def summary(task: Any, returns: np.ndarray) -> dict[str, float]:
 def watch(session: Session, arena: Any) -> hooks.Hook:
     """Now and then, the score of the averaged parameters: into curve.json, and the best ones into best/."""
     path, settings = session.workdir / "curve.json", session.config.train
+    task = session.config.task
+    judged = {"steps": task.steps, "reward": task.reward, "random_goal": task.random_goal, "start": list(task.start)}
+    how = {"plan": dataclasses.asdict(session.config.plan), "task": judged}
     begun: list[bool] = []
 
     def hook(done, current):
@@ -108,8 +118,9 @@ def watch(session: Session, arena: Any) -> hooks.Hook:
             begun.append(True)
             curve = {step: found for step, found in curve.items() if step < done}
         found = summary(arena.task, arena.run(current.ema, current.frozen, session.config.eval.watch, purpose=1)[0])
-        best = max((earlier["score"] for earlier in curve.values()), default=-np.inf)
-        curve[done] = found
+        # Scores of other plans or other episodes, as of a run that was resumed with them, are not to be compared.
+        best = max((earlier["score"] for earlier in curve.values() if earlier.get("how") == how), default=-np.inf)
+        curve[done] = {**found, "how": how}
         results.save(path, curve)
         session.writers.scalars(done, {"score": found["score"]})
         if found["score"] > best and not session.best.has(done):
@@ -152,12 +163,32 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def report(session: Session, arena: Arena, current: Any, name: str, goal: bool = True) -> dict[str, dict[str, float]]:
+def results_folder(run: Run, config: Any) -> pathlib.Path:
+    """Where a run's results go: its workdir, or, not to replace those of training, eval/ there with the settings."""
+    if run.mode == "train":
+        return run.workdir
+    folder = run.workdir / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    results.save(folder / "config.json", dataclasses.asdict(config))
+    return folder
+
+
+def write(folder: pathlib.Path, rows: dict[str, dict[str, float]], **more: Any) -> None:
+    """scores.json and scores.md, which is also printed."""
+    results.save(folder / "scores.json", {**rows, **more})
+    if jax.process_index() == 0:
+        (folder / "scores.md").write_text(table(rows) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+def report(
+    session: Session, arena: Arena, current: Any, name: str, folder: pathlib.Path, goal: bool = True
+) -> dict[str, dict[str, float]]:
     """Scores of the last and the best checkpoint beside the others', for the maze's goal and, with `goal`, random ones.
 
-    Writes scores.json, scores.md, pictures and videos, and returns the rows of the table.
+    Writes scores.json, scores.md, pictures and videos into `folder`, and returns the rows of the table.
     """
-    config, workdir = session.config, session.workdir
+    config = session.config
     count = config.eval.episodes
     rows: dict[str, dict[str, float]] = {}
     places = {config.task.random_goal: arena}
@@ -175,14 +206,11 @@ def report(session: Session, arena: Arena, current: Any, name: str, goal: bool =
         for who, rival in place.task.rivals.items():
             rows[f"{who}, {goals}"] = summary(place.task, rival_returns(place, rival, count))
         picture = "plans_random_goals" if random else "plans"
-        draw(place.task, seen, workdir / f"{picture}.png")
+        draw(place.task, seen, folder / f"{picture}.png")
         if config.eval.video:
-            film(place.task, seen, workdir / f"{picture}.gif")
-    results.save(workdir / "scores.json", rows)
-    if jax.process_index() == 0:
-        (workdir / "scores.md").write_text(table(rows) + "\n", encoding="utf-8")
-    print(table(rows))
-    print(f"\nplans (teal) and what was walked (red): {workdir}/plans.png", file=sys.stderr)
+            film(place.task, seen, folder / f"{picture}.gif")
+    write(folder, rows)
+    print(f"\nplans (teal) and what was walked (red): {folder}/plans.png", file=sys.stderr)
     return rows
 
 

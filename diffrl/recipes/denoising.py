@@ -194,8 +194,10 @@ def make_denoiser(diffusion: Diffusion, apply: Callable, params: Any) -> Callabl
     return make(diffusion.head, model)
 
 
-def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None) -> Sampler:
-    """The configured sampler, with guidance and clipping around the denoiser."""
+def make_sampler(
+    diffusion: Diffusion, config: SampleConfig, denoise: Callable, num_classes: int | None, section: str = "sample"
+) -> Sampler:
+    """The configured sampler, with guidance and clipping around the denoiser; section: of the flags, for messages."""
     if num_classes is not None and config.guidance != 1.0:
         denoise = guidance.classifier_free(denoise, config.guidance, num_classes)
     if config.clip:
@@ -213,18 +215,18 @@ def make_sampler(diffusion: Diffusion, config: SampleConfig, denoise: Callable, 
         "dpmpp_2m_sde": lambda: dpm_solver.dpmpp_2m_sde(diffusion.process, mean),
         "unipc": lambda: unipc.unipc(diffusion.process, mean),
     }
-    return choose("sample.sampler", config.sampler, options)()
+    return choose(f"{section}.sampler", config.sampler, options)()
 
 
-def make_grid(diffusion: Diffusion, config: SampleConfig, table_steps: int) -> Array:
+def make_grid(diffusion: Diffusion, config: SampleConfig, table_steps: int, section: str = "sample") -> Array:
     """The times that the sampler walks, [steps + 1].
 
     Where alpha(1) = 0 the grid starts just below 1, since a head that divides by alpha has no estimate there.
     """
     if config.steps < 1:
-        raise UserError(f"sample.steps={config.steps}: take at least 1")
+        raise UserError(f"{section}.steps={config.steps}: take at least 1")
     if config.grid == "table" and config.steps > table_steps:
-        raise UserError(f"sample.steps={config.steps} is more than the table's {table_steps}: take fewer")
+        raise UserError(f"{section}.steps={config.steps} is more than the table's {table_steps}: take fewer")
     first = 1.0 if float(diffusion.process.alpha(jnp.ones(()))) > 0 else 0.999
     grids = {
         "linear": lambda: times.linear_grid(config.steps, first),
@@ -232,7 +234,7 @@ def make_grid(diffusion: Diffusion, config: SampleConfig, table_steps: int) -> A
         "karras": lambda: times.karras_grid(diffusion.process, config.steps),
         "log_snr": lambda: times.log_snr_grid(diffusion.process, config.steps),
     }
-    return choose("sample.grid", config.grid, grids)()
+    return choose(f"{section}.grid", config.grid, grids)()
 
 
 def draw(

@@ -103,10 +103,14 @@ class DecisionConfig:
 
     drop: float = leaf(0.25, "how often the model is told no return in training", at_least=0, at_most=1)
     inverse: tuple[int, ...] = leaf((256, 256), "widths of the inverse model's hidden layers", at_least=1)
-    target: float = leaf(0.95, "return that plans are asked for, as its rank among the demonstrations'", free=True)
+    target: float = leaf(
+        0.0,
+        "return that plans are asked for, as its rank, 0 to 1, among the demonstrations'; 0: by quantile",
+        free=True,
+    )
     quantile: float = leaf(
         0.0,
-        "ask for this quantile of the returns that demonstrations had from where a plan begins; 0: for target",
+        "learn, and ask for, this quantile of the returns that demonstrations had from where a plan begins; 0: none",
         at_least=0,
         below=1,
     )
@@ -162,12 +166,20 @@ def make_space(frozen: Any, config: ModelConfig, actions: bool = True) -> Space:
 
 
 def make_diffusion(config: DiffusionConfig) -> Diffusion:
-    """Without a learned variance: that loss knows no pinned entries."""
+    """Without a learned variance, whose loss knows no pinned entries, and without labels to drop."""
+    if config.drop_label != DiffusionConfig().drop_label:
+        raise UserError(f"diffusion.drop_label={config.drop_label}: plans have no labels; leave it out")
     if config.learned_variance:
         raise UserError(
             "diffusion.learned_variance=True: plans are pinned, which that loss does not know; leave it out"
         )
     return denoising.make_diffusion(config)
+
+
+def _check_clip(config: Any) -> None:
+    """Raises UserError where plans would be clipped to one standard deviation."""
+    if config.plan.clip and config.task.normaliser == "gaussian":
+        raise UserError("plan.clip=True with task.normaliser=gaussian: such plans leave [-1, 1]; take plan.clip=False")
 
 
 def initialiser(network: Any, *example: Any) -> Callable[[Array], Any]:
@@ -189,9 +201,11 @@ def make_drawing(diffusion: Diffusion, table_steps: int, plan: PlanConfig) -> Ca
         sampler=plan.sampler, steps=plan.steps or table_steps, grid="table", clip=plan.clip,
         temperature=plan.temperature,
     )  # fmt: skip
-    grid = denoising.make_grid(diffusion, settings, table_steps)
+    grid = denoising.make_grid(diffusion, settings, table_steps, "plan")
     warm = warm_grid(grid, plan.warm)
-    denoising.make_sampler(diffusion, settings, lambda x, t, cond: x, None)  # an unknown name is found before training
+    denoising.make_sampler(
+        diffusion, settings, lambda x, t, cond: x, None, "plan"
+    )  # an unknown name is found before training
 
     def draws(denoise, score=None, around=lambda sampler, fixed: sampler):
         sampler = denoising.make_sampler(diffusion, settings, denoise, None)
@@ -222,6 +236,7 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
     goal: plans end at a goal, and are followed by Diffuser's controller for mazes; else their actions are carried out.
     """
     settings, valued = config.model, config.value
+    _check_clip(config)
     diffusion = make_diffusion(config.diffusion)
     table = config.diffusion.table_steps
     drawing = make_drawing(diffusion, table, config.plan)
@@ -306,6 +321,14 @@ def diffuser_model(config: Any, fitted: Any, example_shape: tuple[int, ...], goa
 def decision_model(config: Any, fitted: Any, example_shape: tuple[int, ...]) -> Model:
     """Decision Diffuser's model of observations and its inverse model; of a config with `decision` as well."""
     settings, asked = config.model, config.decision
+    _check_clip(config)
+    if config.plan.remaining or config.plan.candidates > 1:
+        raise UserError(
+            f"plan.remaining={config.plan.remaining}, plan.candidates={config.plan.candidates}: Decision Diffuser has "
+            "no goal to keep and no value to rank by; take 0 and 1"
+        )
+    if not asked.target and not asked.quantile:
+        raise UserError("decision.target=0 and decision.quantile=0: what returns are plans to be asked for? Set one")
     actions, seen = (fitted[name].data.shape[-1] for name in ("actions", "observations"))
     diffusion = make_diffusion(config.diffusion)
     drawing = make_drawing(diffusion, config.diffusion.table_steps, config.plan)
@@ -349,7 +372,7 @@ def decision_model(config: Any, fitted: Any, example_shape: tuple[int, ...]) -> 
         guided = guidance.classifier_free(denoise, asked.guidance, decision_diffuser.untold(1))
         space = make_space(frozen, settings, actions=False)
         cond = decision_diffuser.asked(asked.target)
-        if asked.quantile:
+        if not asked.target:
             cond = lambda obs, *_: decision_diffuser.told(prospect(params, space.encode(obs)))  # noqa: E731
         return diffuser.planner(space, drawing(guided), cond)
 

@@ -37,6 +37,8 @@ class Session(NamedTuple):
 def open_session(config: Any, run: Run, source: Source, fitted: Any, model: Model) -> Session:
     """Devices, checkpoints and writers of a run of a config with `mesh`, `train`, `optim` and `seed`."""
     sizes = config.mesh
+    if config.train.profiles_every:
+        raise UserError(f"train.profiles_every={config.train.profiles_every}: planners keep no snapshots; leave it out")
     return Session(
         config,
         run.workdir,
@@ -89,6 +91,11 @@ def train(session: Session, every: Sequence[hooks.Hook] = ()) -> TrainState:
         return training.train(job, fresh, every)
     finally:
         session.best.close()
+
+
+def shapes(session: Session) -> Any:
+    """Parameters without numbers."""
+    return jax.eval_shape(session.model.init, jax.random.key(0))
 
 
 def restored(session: Session, best: bool = False) -> TrainState:

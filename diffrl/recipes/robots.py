@@ -11,10 +11,10 @@ from diffrl.data import offline, trajectories
 from diffrl.data.trajectories import Paths, Transitions
 from diffrl.errors import UserError
 from diffrl.planning import policies
-from diffrl.recipes import closed_loop, planning, results
-from diffrl.recipes.planners import PlanConfig
+from diffrl.recipes import closed_loop, planning
+from diffrl.recipes.planners import PlanConfig, check_every
 from diffrl.recipes.planning import Session
-from diffrl.recipes.tasks import TaskConfig
+from diffrl.recipes.tasks import TaskConfig, kept
 from diffrl.rl import locomotion
 from diffrl.rl.environment import State
 
@@ -42,29 +42,36 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int) -> RobotTask
     """Demonstrations that a file holds, or that are made with the actors' weights.
 
     Raises:
-        UserError: an unknown robot or quality, neither a file nor actors, or what the files find wrong.
+        UserError: an unknown robot or quality, neither a file nor actors, demonstrations of something else, or what
+            the files find wrong.
     """
-    _, low, high = locomotion.WORLDS.get(config.robot, ("", 0.0, 1.0))
+    world = locomotion.named(config.robot)
     path = workdir / "demonstrations.npz"
     label = f"ours-{config.robot}-{config.quality}"
+    count = config.transitions or TRANSITIONS
+    facts = locomotion.facts(config.robot, config.quality, seed)
     if config.file:
         found, label = offline.read(config.file), f"{config.robot} of {pathlib.Path(config.file).name}"
     elif path.exists():
-        found = trajectories.load(path)[0]
+        found = kept(path, count, facts)
     else:
-        facts = locomotion.facts(config.robot, config.quality, seed)
         if not config.actors:
             raise UserError(
                 "task.actors='': name the .npz of trained actors to make demonstrations with, or give task.file"
             )
-        count = config.transitions or TRANSITIONS
         made = locomotion.made(config.robot, config.quality, config.actors, count, seed)
         found = Transitions(made.observations, made.actions, made.rewards, made.terminals, made.timeouts)
         if jax.process_index() == 0:
             workdir.mkdir(parents=True, exist_ok=True)
             trajectories.save(path, found, **facts)
+    sizes, wanted = (found.observations.shape[1], found.actions.shape[1]), (world.observations, world.actions)
+    if sizes != wanted:
+        raise UserError(
+            f"task.file={config.file} has {sizes[0]} numbers per observation and {sizes[1]} per action: "
+            f"{config.robot} has {wanted[0]} and {wanted[1]}"
+        )
     paths = trajectories.paths(found.terminals | found.timeouts)
-    return RobotTask(label, config.robot, label, (low, high), found, paths)
+    return RobotTask(label, config.robot, label, (world.random, world.expert), found, paths)
 
 
 class Course:
@@ -72,6 +79,7 @@ class Course:
 
     def __init__(self, session: Session, task: RobotTask, plan: PlanConfig, steps: int = locomotion.STEPS):
         self.task, self.session, self.plan, self.steps = task, session, plan, steps
+        check_every(session.config.model, plan.every)
 
         def controller(params, frozen):
             planner, act = session.model.planner(params, frozen), session.model.act(params, frozen)
@@ -85,6 +93,10 @@ class Course:
         self._act = jax.jit(
             lambda params, frozen, carry, obs, keys: controller(params, frozen).act(carry, world(obs), keys)
         )
+        # What a plan cannot be is found before training.
+        size = task.transitions.observations.shape[1]
+        obs, keys = jnp.zeros((1, size)), jax.random.split(jax.random.key(0), 1)
+        jax.eval_shape(self._begin, planning.shapes(session), session.fitted, obs, keys)
 
     def run(self, params: Any, frozen: Any, count: int, purpose: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(returns [count], lengths under "length")."""
@@ -100,13 +112,16 @@ class Course:
             actions, carry[0] = self._act(params, frozen, carry[0], obs, keys(t + 1))
             return np.asarray(actions)
 
-        seed = 1000 * self.plan.seed + purpose
+        # Other beginnings than those of demonstrations, whose seeds are small.
+        seed = 2**31 + 1000 * self.plan.seed + purpose
         returns, lengths = locomotion.run(self.task.robot, act, count, seed, self.steps)
         return returns, {"length": lengths}
 
 
-def report(session: Session, course: Course, current: Any, name: str) -> dict[str, dict[str, float]]:
-    """Scores of the last and the best checkpoint beside the demonstrations'; scores.json and scores.md."""
+def report(
+    session: Session, course: Course, current: Any, name: str, folder: pathlib.Path
+) -> dict[str, dict[str, float]]:
+    """Scores of the last and the best checkpoint beside the demonstrations'; scores.json and scores.md in `folder`."""
     config, task = session.config, course.task
     rows: dict[str, dict[str, float]] = {}
     returns, seen = course.run(current.ema, current.frozen, config.eval.episodes)
@@ -118,8 +133,5 @@ def report(session: Session, course: Course, current: Any, name: str) -> dict[st
         rows[label] = closed_loop.summary(task, found)
     sums = np.add.reduceat(task.transitions.rewards.astype(np.float64), task.paths.starts)
     rows["the demonstrations' episodes"] = closed_loop.summary(task, sums[:-1] if len(sums) > 1 else sums)
-    results.save(session.workdir / "scores.json", {**rows, "lengths": seen["length"].tolist()})
-    if jax.process_index() == 0:
-        (session.workdir / "scores.md").write_text(closed_loop.table(rows) + "\n", encoding="utf-8")
-    print(closed_loop.table(rows))
+    closed_loop.write(folder, rows, lengths=seen["length"].tolist())
     return rows

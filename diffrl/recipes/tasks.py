@@ -44,6 +44,7 @@ class TaskConfig:
 
     maze: str = leaf("umaze", "umaze, medium, large, or rows of #, O and G with / between them")
     random_goal: bool = leaf(False, "a goal of its own for every episode, instead of the maze's", free=True)
+    start: tuple[float, ...] = leaf((), "x, y where every episode begins in a maze; empty: anywhere", free=True)
     reward: str = leaf("sparse", "sparse or dense", free=True)
     steps: int = leaf(0, "of an episode; 0: D4RL's 300, 600 or 800", free=True, at_least=0)
     transitions: int = leaf(0, "demonstrated steps; 0: as many as D4RL has", at_least=0)
@@ -92,13 +93,16 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     fields = mazes.STANDARD.get(maze.name)
     usual = fields[1] if fields else 300 if len(maze.free) < 12 else 600 if len(maze.free) < 36 else 800
     steps = config.steps or usual
-    env = maze2d.make(maze, steps, config.reward, config.random_goal, f"maze2d-{maze.name}")
+    if len(config.start) not in (0, 2):
+        raise UserError(f"task.start={config.start}: give x and y, or nothing")
+    env = _world(maze, steps, config, config.random_goal)
     found = _demonstrations(config, maze, usual, workdir, seed)
     if found.observations.shape[1:] != (4,) or found.actions.shape[1:] != (2,):
         raise UserError(
             f"task.file={config.file} has {found.observations.shape[1]} numbers per observation and "
             f"{found.actions.shape[1]} per action: a maze has 4 and 2"
         )
+    _check_places(found.observations[:, :2], maze, config.file)
     # Diffuser's paths end where the agent leaves the goal, whatever it was after.
     places = found.observations[:, :2]
     exits = trajectories.goal_exits(places, np.array(maze.goal, np.float32))
@@ -116,16 +120,46 @@ def _demonstrations(config: TaskConfig, maze: Maze, steps: int, workdir: pathlib
     if config.file:
         return offline.read(config.file)
     path, count = workdir / "demonstrations.npz", config.transitions or demonstrations.SIZES.get(maze.name, 1_000_000)
+    facts = {"maze": config.maze, "seed": seed, "made_by": "diffrl's waypoint controller, noise 0.5"}
     if path.exists():
-        return trajectories.load(path)[0]
-    begin = time.monotonic()
-    made = demonstrations.maze_walk(maze, count, steps, seed)
-    found = Transitions(made.observations, made.actions, made.rewards, made.terminals, made.timeouts)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        trajectories.save(path, found, maze=maze.name, seed=seed, made_by="diffrl's waypoint controller, noise 0.5")
-    print(f"{count:,} demonstrated steps in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+        found = kept(path, count, facts)
+    else:
+        begin = time.monotonic()
+        made = demonstrations.maze_walk(maze, count, steps, seed)
+        found = Transitions(made.observations, made.actions, made.rewards, made.terminals, made.timeouts)
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            trajectories.save(path, found, **facts)
+        print(f"{count:,} demonstrated steps in {time.monotonic() - begin:.0f} s", file=sys.stderr)
+    if config.reward == "sparse":
+        return found
+    distance = np.linalg.norm(found.observations[:, :2] - np.array(maze.goal, np.float32), axis=1)
+    return found._replace(rewards=np.asarray(maze2d.REWARDS[config.reward](distance), np.float32))
+
+
+def kept(path: pathlib.Path, count: int, facts: dict[str, Any]) -> Transitions:
+    """The demonstrations that a run has made before; raises UserError where they are not those that are asked for."""
+    found, told = trajectories.load(path)
+    wanted, has = {**facts, "transitions": count}, {**told, "transitions": len(found.rewards)}
+    for name, value in wanted.items():
+        if has.get(name) != value:
+            raise UserError(
+                f"{path} holds demonstrations of {name}={has.get(name)!r}, not {value!r}: choose another --workdir"
+            )
     return found
+
+
+def _check_places(places: np.ndarray, maze: Maze, file: str) -> None:
+    """Raises UserError where demonstrations walk through this maze's walls: they are of another maze."""
+    cells = np.rint(places).astype(int)
+    inside = ((cells >= 0) & (cells < maze.walls.shape)).all(axis=1)
+    off = ~inside
+    off[inside] = maze.walls[tuple(cells[inside].T)]
+    if off.mean() > 1e-3:
+        raise UserError(
+            f"task.file={file}: {off.mean():.0%} of its positions are not in free cells of {maze.name}; it is of "
+            "another maze, or has other coordinates (Gymnasium-Robotics' PointMaze has; D4RL's maze2d fits)"
+        )
 
 
 def _reference(env: Environment, steps: int, rivals: dict[str, Controller]) -> tuple[float, float]:
@@ -139,8 +173,12 @@ def _reference(env: Environment, steps: int, rivals: dict[str, Controller]) -> t
 
 def with_goals(task: Task, config: TaskConfig, random_goal: bool) -> Task:
     """The same task with a goal of its own for every episode, or with the maze's."""
-    env = maze2d.make(task.maze, task.steps, config.reward, random_goal, task.name)
-    return task._replace(env=env)
+    return task._replace(env=_world(task.maze, task.steps, config, random_goal))
+
+
+def _world(maze: Maze, steps: int, config: TaskConfig, random_goal: bool) -> Environment:
+    start = (config.start[0], config.start[1]) if config.start else None
+    return maze2d.make(maze, steps, config.reward, random_goal, f"maze2d-{maze.name}", start)
 
 
 def make_normalisers(config: TaskConfig, task: Any) -> dict[str, normalisers.Normaliser]:

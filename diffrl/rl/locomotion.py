@@ -24,17 +24,19 @@ Policy = Callable[[np.ndarray], np.ndarray]  # observations [N, S] -> actions [N
 
 
 class World(NamedTuple):
-    """An environment of Gymnasium, and the returns that D4RL scores as 0 (random) and 100 (its expert)."""
+    """An environment of Gymnasium, the returns that D4RL scores as 0 (random) and 100 (its expert), and its sizes."""
 
     id: str
     random: float
     expert: float
+    observations: int
+    actions: int
 
 
 WORLDS = {  # fields of `World`
-    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0),
-    "hopper": ("Hopper-v5", -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1.629008, 4592.3),
+    "halfcheetah": ("HalfCheetah-v5", -280.178953, 12135.0, 17, 6),
+    "hopper": ("Hopper-v5", -20.272305, 3234.3, 11, 3),
+    "walker2d": ("Walker2d-v5", 1.629008, 4592.3, 17, 6),
 }
 
 
@@ -68,8 +70,8 @@ QUALITIES: dict[tuple[str, str], tuple[tuple[float, ...], float, int]] = {  # fi
 
 def score(world: str, returns: np.ndarray) -> np.ndarray:
     """D4RL's normalised score of returns [...]: 0 is a random policy, 100 its expert."""
-    _, random, expert = _known(world)
-    return 100 * (np.asarray(returns) - random) / (expert - random)
+    known = named(world)
+    return 100 * (np.asarray(returns) - known.random) / (known.expert - known.random)
 
 
 def made(world: str, quality: str, actors: str | pathlib.Path, transitions: int, seed: int = 0) -> Demonstrations:
@@ -99,7 +101,7 @@ def facts(world: str, quality: str, seed: int) -> dict[str, str | int]:
     noise = ", ".join(f"{scale:g}" for scale in _quality(world, quality).noise)
     return {
         "name": f"ours-{world}-{quality}",
-        "origin": f"made by diffrl in {_known(world).id}: SB3 Zoo's TQC actor, Gaussian noise of {noise}; not D4RL's",
+        "origin": f"made by diffrl in {named(world).id}: SB3 Zoo's TQC actor, Gaussian noise of {noise}; not D4RL's",
         "seed": seed,
     }
 
@@ -238,14 +240,15 @@ def run(
     return returns, lengths
 
 
-def _known(world: str) -> World:
+def named(world: str) -> World:
+    """One of `WORLDS`; raises UserError for another name."""
     if world not in WORLDS:
         raise unknown("locomotion", world, WORLDS)
     return World(*WORLDS[world])
 
 
 def _quality(world: str, quality: str) -> Quality:
-    _known(world)
+    named(world)
     if (world, quality) not in QUALITIES:
         raise unknown(world, quality, [name for known, name in QUALITIES if known == world])
     return Quality(*QUALITIES[world, quality])
@@ -253,7 +256,7 @@ def _quality(world: str, quality: str) -> Quality:
 
 def _worlds(world: str, num: int) -> list[host.HostWorld]:
     """So many of them, without what MuJoCo says of each about words in Gymnasium's files that it will drop one day."""
-    name = _known(world).id
+    name = named(world).id
     try:
         import mujoco
     except ModuleNotFoundError as error:

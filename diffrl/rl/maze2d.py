@@ -20,7 +20,7 @@ import numpy as np
 from diffrl.errors import UserError
 from diffrl.rl import drawing
 from diffrl.rl.environment import Actions, Environment, State
-from diffrl.rl.mazes import Maze
+from diffrl.rl.mazes import Maze, free_cell
 from diffrl.rl.wrappers import time_limit
 
 Array = jax.Array
@@ -86,35 +86,47 @@ def _contact_force(walls: Array, position: Array, velocity: Array, free: Array) 
     return -(weight * slack[jnp.argmin(cost)]) @ normal
 
 
-def make(maze: Maze, steps: int, reward: str = "sparse", random_goal: bool = False, name: str = "") -> Environment:
+REWARDS = {
+    "sparse": lambda distance: (distance <= GOAL_RADIUS).astype(jnp.float32),
+    "dense": lambda distance: jnp.exp(-distance),
+}
+
+
+def make(
+    maze: Maze,
+    steps: int,
+    reward: str = "sparse",
+    random_goal: bool = False,
+    name: str = "",
+    start: tuple[float, float] | None = None,
+) -> Environment:
     """The environment: obs = (x, y, vx, vy) in m and m/s, actions in [-1, 1]^2, no end but that of time.
 
-    Episodes begin in any free cell, with a goal that is the maze's or, with `random_goal`, in any free cell
-    (Diffuser's Multi2D); info["goal"] [2] tells where.  After D4RL, rewards are those of where a step leads:
+    Episodes begin at `start` or in any free cell, with a goal that is the maze's or, with `random_goal`, in any
+    free cell (Diffuser's Multi2D); info["goal"] [2] tells where.  After D4RL, rewards are those of where a step leads:
 
         sparse  1 within 0.5 of the goal, else 0            dense  exp(-distance to the goal)
 
     Raises:
-      UserError: another reward.
+      UserError: another reward, or a start in a wall.
     """
-    rewards = {
-        "sparse": lambda distance: (distance <= GOAL_RADIUS).astype(jnp.float32),
-        "dense": lambda distance: jnp.exp(-distance),
-    }
-    if reward not in rewards:
+    if reward not in REWARDS:
         raise UserError(f"maze reward {reward!r}: choose sparse or dense")
+    if start is not None:
+        free_cell(maze, start, "start")
     off = jnp.zeros((), bool)
 
     def reset(key: Array) -> State:
-        start, motion, target = jax.random.split(key, 3)
+        place, motion, target = jax.random.split(key, 3)
         goal = anywhere(maze, target) if random_goal else jnp.array(maze.goal, jnp.float32)
-        obs = jnp.concatenate([anywhere(maze, start), 0.1 * jax.random.normal(motion, (2,))])
+        begin = anywhere(maze, place) if start is None else jnp.array(start, jnp.float32)
+        obs = jnp.concatenate([begin, 0.1 * jax.random.normal(motion, (2,))])
         return State(obs, obs, jnp.zeros((), jnp.float32), off, off, {"goal": goal})
 
     def step(state: State, action: Array) -> State:
         obs = jnp.concatenate(simulate(jnp.asarray(maze.walls), state.inner[:2], state.inner[2:], action))
         distance = jnp.sqrt(((obs[:2] - state.info["goal"]) ** 2).sum())
-        return State(obs, obs, rewards[reward](distance), off, off, state.info)
+        return State(obs, obs, REWARDS[reward](distance), off, off, state.info)
 
     def render(state: State) -> Any:
         board = picture(maze, goal=np.asarray(state.info["goal"]))

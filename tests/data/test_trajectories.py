@@ -8,7 +8,7 @@ import pytest
 from diffrl.data import trajectories
 from diffrl.data.normalisers import cdf, gaussian, limits, normalise
 from diffrl.data.pipeline import loader
-from diffrl.data.trajectories import Paths, Transitions, goal_exits, paths, returns_to_go, split, window_returns
+from diffrl.data.trajectories import Paths, Transitions, goal_exits, paths, returns_to_go, seams, split, window_returns
 from diffrl.data.windows import windows
 from diffrl.errors import UserError
 
@@ -43,6 +43,12 @@ def test_paths_end_where_marked(seed, ends):
     marked = np.random.default_rng(seed).random(40) < ends
     starts, lengths = paths(marked)
     assert [list(range(s, s + n)) for s, n in zip(starts, lengths, strict=True)] == path_rows(marked)
+
+
+def test_seams_are_timeouts_after_which_one_is_elsewhere():
+    xy = np.array([[0, 0], [1, 0], [1, 0], [2, 0], [7, 7], [7, 8]], np.float32)
+    timeouts = np.array([False, True, False, True, False, True])  # a new target, a seam, the end
+    np.testing.assert_array_equal(seams(xy, timeouts), [False, False, False, True, False, False])
 
 
 def test_goal_exits_are_those_of_the_definition():

@@ -9,7 +9,7 @@ import pytest
 
 from diffrl.diffusion import losses, prediction, samplers, times
 from diffrl.diffusion import process as processes
-from diffrl.diffusion.sampling import sample_keys
+from diffrl.diffusion.sampling import Info, Sampler, State, sample_keys
 from diffrl.errors import UserError
 from diffrl.planning import diffuser, plans
 from diffrl.planning.diffuser import Draws
@@ -72,6 +72,14 @@ def test_plans_between_pinned_ends_are_brownian_bridges():
     for d in (1, 2):
         np.testing.assert_allclose(np.cov(x[:, 1:-1, d].T), covariance, atol=0.03)
     np.testing.assert_allclose(x[..., 0].std(0), 1.0, atol=0.05)
+
+
+def test_temperature_is_of_the_noise_that_plans_begin_with_too():
+    """A sampler that does nothing leaves the noise, but for what is pinned."""
+    idle = Sampler(State, lambda keys, state, t, s, cond: (state, Info(state.x, state.x, jnp.zeros(()))))
+    cold = draws()._replace(sampler=lambda fixed: idle, temperature=0.5)
+    x = jax.jit(diffuser.planner(WALK, cold).plan)(KEYS, jnp.zeros((4000, 2)))
+    np.testing.assert_allclose(np.asarray(x)[:, 1:].std(), 0.5, atol=0.01)
 
 
 def test_a_plan_depends_on_its_own_key_alone():

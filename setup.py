@@ -58,7 +58,6 @@ setup(
         ],
         "dev": [
             "diffrax>=0.7",
-            "gymnasium>=1.2",
             "h5py>=3.10",
             "mujoco==3.17.*",
             "mypy>=1.11",

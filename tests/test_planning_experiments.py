@@ -73,6 +73,7 @@ def test_more_steps_go_on_and_other_plans_need_no_training(planned, capsys):
     assert (planned / "eval" / "plans.png").exists()
 
 
+@pytest.mark.slow
 def test_a_maze_of_ones_own(tmp_path):
     flags = ["--config.task.maze=#####/#OOG#/#####", "--config.train.steps=2", "--config.train.sample_every=0"]
     run(diffuser, tmp_path, *flags)
@@ -106,7 +107,7 @@ def test_a_maze_of_ones_own(tmp_path):
         (["--config.train.profiles_every=2"], "no snapshots"),
         (["--config.diffusion.drop_label=0.5"], "no labels"),
         (["--config.task.normaliser=gaussian"], "plan.clip=False"),
-        (["--config.value.train=True", "--config.plan.sampler=dpmpp_2m"], "dpmpp_2m"),
+        (["--config.value.train=True", "--config.plan.sampler=dpmpp_2m"], "one-step sampler"),
     ],
 )
 def test_mistakes_are_one_line(flags, words, tmp_path, capsys):
@@ -139,7 +140,7 @@ def test_mistakes_of_the_others_too(experiment, flags, words, tmp_path, capsys):
 
 
 def test_demonstrations_of_something_else_are_refused(planned, tmp_path, capsys):
-    refused(diffuser, planned, ["--mode=eval", "--config.task.maze=medium"], "task.maze", capsys)
+    refused(diffuser, planned, ["--mode=eval", "--config.task.maze=medium"], "maze='umaze', not 'medium'", capsys)
     (tmp_path / "demonstrations.npz").write_bytes((planned / "demonstrations.npz").read_bytes())
     refused(diffuser, tmp_path, ["--config.task.maze=medium"], "maze='umaze', not 'medium'", capsys)
     refused(diffuser, tmp_path, ["--config.task.transitions=500"], "transitions=6000, not 500", capsys)

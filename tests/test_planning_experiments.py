@@ -142,7 +142,6 @@ def test_mistakes_of_the_others_too(experiment, flags, words, tmp_path, capsys):
 def test_demonstrations_of_something_else_are_refused(planned, tmp_path, capsys):
     refused(diffuser, planned, ["--mode=eval", "--config.task.maze=medium"], "maze='umaze', not 'medium'", capsys)
     (tmp_path / "demonstrations.npz").write_bytes((planned / "demonstrations.npz").read_bytes())
-    refused(diffuser, tmp_path, ["--config.task.maze=medium"], "maze='umaze', not 'medium'", capsys)
     refused(diffuser, tmp_path, ["--config.task.transitions=500"], "transitions=6000, not 500", capsys)
     file = f"--config.task.file={tmp_path / 'demonstrations.npz'}"
     refused(diffuser, tmp_path / "other", [file, "--config.task.maze=large"], "not in free cells of large", capsys)

@@ -73,7 +73,7 @@ def test_long_flights_stay_together():
     assert np.abs(position - data.qpos).max() < 1e-5
 
 
-@pytest.mark.parametrize("reward", ["sparse", "dense"])
+@pytest.mark.parametrize("reward", ["sparse", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_returns_are_d4rls(name, reward):
     """D4RL's constants are means of 100 episodes; ours, of 400, lie within two standard errors of such means."""

@@ -34,7 +34,8 @@ from diffrl.train.optim import OptimConfig
 
 @dataclasses.dataclass
 class Config:
-    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    # Windows may run across the goal and out of it again: returns tell them apart.
+    task: TaskConfig = dataclasses.field(default_factory=lambda: TaskConfig(cut_at_goal=False))
     net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
     decision: DecisionConfig = dataclasses.field(default_factory=lambda: DecisionConfig(quantile=0.98))
@@ -56,8 +57,11 @@ class Config:
     seed: int = 0
 
 
-def _robot(name: str) -> Config:
-    """D4RL's locomotion at a CPU's size: 32 steps, asked for the best returns that were had from there."""
+def robot(name: str) -> Config:
+    """On our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'.
+
+    D4RL's locomotion at a CPU's size: 32 steps, asked for the best returns that were had from there.
+    """
     config = Config(
         task=TaskConfig(robot=name, transitions=200_000, normaliser="gaussian"),
         model=ModelConfig(horizon=32),
@@ -70,23 +74,8 @@ def _robot(name: str) -> Config:
     return config
 
 
-def hopper() -> Config:
-    """Our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'."""
-    return _robot("hopper")
-
-
-def halfcheetah() -> Config:
-    """See hopper."""
-    return _robot("halfcheetah")
-
-
-def walker2d() -> Config:
-    """See hopper."""
-    return _robot("walker2d")
-
-
 LOSSES = ("planning", "acting")
-PRESETS = {"umaze": Config, "hopper": hopper, "halfcheetah": halfcheetah, "walker2d": walker2d}
+PRESETS = {"umaze": Config, **robots.presets(robot)}
 
 
 def main(config: Config, run: config_lib.Run) -> None:
@@ -98,11 +87,8 @@ def maze(config: Config, run: config_lib.Run) -> None:
     if config.task.random_goal:
         raise UserError("task.random_goal=True: returns are those of the maze's own goal here; leave it out")
     task = tasks.open_task(config.task, run.workdir, config.seed)
-    # Windows may run across the goal and out of it again: returns tell them apart.
-    paths = trajectories.paths(task.seams)
-    task = task._replace(paths=paths)
     span = (config.model.horizon - 1) * config.model.stride + 1
-    returns = trajectories.window_returns(task.transitions.rewards, paths, span, config.return_discount)
+    returns = trajectories.window_returns(task.transitions.rewards, task.paths, span, config.return_discount)
     session = opened(config, run, task, returns)
     arena = closed_loop.Arena(session, task, config.plan, goal=False)
     current = closed_loop.trained(session, arena, run.mode, LOSSES)

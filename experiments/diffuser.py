@@ -35,7 +35,7 @@ def _diffusion(steps: int) -> DiffusionConfig:
 
 @dataclasses.dataclass
 class Config:
-    task: TaskConfig = dataclasses.field(default_factory=TaskConfig)
+    task: TaskConfig = dataclasses.field(default_factory=lambda: TaskConfig(cut_at_goal=False))
     net: NetConfig = dataclasses.field(default_factory=lambda: NetConfig(multipliers=(1, 2, 4)))
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(horizon=32, stride=4))
     value: ValueConfig = dataclasses.field(default_factory=ValueConfig)
@@ -56,7 +56,7 @@ class Config:
 
 def _small(maze: str, horizon: int, steps: int) -> Config:
     """For two cores: every fourth step is a row of the plan."""
-    config = Config(task=TaskConfig(maze=maze), model=ModelConfig(horizon=horizon, stride=4))
+    config = Config(task=TaskConfig(maze=maze, cut_at_goal=False), model=ModelConfig(horizon=horizon, stride=4))
     config.train = dataclasses.replace(config.train, steps=steps, sample_every=1000, checkpoint_every=1000)
     return config
 
@@ -103,8 +103,11 @@ def large_paper() -> Config:
     return _paper("large", 384, 256)
 
 
-def _robot(name: str) -> Config:
-    """D4RL's locomotion at a CPU's size: guided by a value; the paper trains 250 times as long."""
+def robot(name: str) -> Config:
+    """On our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'.
+
+    D4RL's locomotion at a CPU's size: guided by a value; the paper trains 250 times as long.
+    """
     config = Config(
         task=TaskConfig(robot=name, transitions=200_000, normaliser="gaussian"),
         model=ModelConfig(horizon=32, action_weight=10.0),
@@ -117,21 +120,6 @@ def _robot(name: str) -> Config:
     return config
 
 
-def hopper() -> Config:
-    """Our medium set; needs --config.task.actors or --config.task.file, and pip install '.[envs]'."""
-    return _robot("hopper")
-
-
-def halfcheetah() -> Config:
-    """See hopper."""
-    return _robot("halfcheetah")
-
-
-def walker2d() -> Config:
-    """See hopper."""
-    return _robot("walker2d")
-
-
 LOSSES = ("planning", "value", "loss")
 PRESETS = {
     "umaze": Config,
@@ -140,9 +128,7 @@ PRESETS = {
     "umaze_paper": umaze_paper,
     "medium_paper": medium_paper,
     "large_paper": large_paper,
-    "hopper": hopper,
-    "halfcheetah": halfcheetah,
-    "walker2d": walker2d,
+    **robots.presets(robot),
 }
 
 

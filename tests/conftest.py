@@ -9,6 +9,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --x
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import devices
 import jax
 import pytest
 
@@ -27,3 +28,15 @@ def data_dir() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"real data: DIFFRL_DATA_DIR={value} is not a folder")
     return path
+
+
+@pytest.fixture
+def one_device():
+    """See `devices`."""
+    with devices.one_device():
+        yield
+
+
+def pytest_collection_modifyitems(items):
+    """Whole programs first: with files handed to whichever worker is free, the longest ones must not come last."""
+    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)

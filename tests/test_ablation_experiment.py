@@ -12,9 +12,12 @@ from diffrl.data.source import from_arrays
 from diffrl.recipes import images
 from experiments import unet_ablation
 
+pytestmark = pytest.mark.usefixtures("one_device")
 TINY = [
     "--config.base.unet.channels=8",
     "--config.base.unet.groups=4",
+    "--config.base.unet.blocks=1",
+    "--config.base.unet.attention=()",
     "--config.base.train.batch_size=16",
     "--config.base.optim.warmup_steps=1",
     "--config.base.optim.schedule=constant",

@@ -11,6 +11,7 @@ from diffrl.pretrained import lpips_alexnet
 from diffrl.recipes import images
 from experiments import editing
 
+pytestmark = pytest.mark.usefixtures("one_device")
 TRAINING = [
     "unet.channels=8",
     "unet.multipliers=(1,)",
@@ -22,8 +23,6 @@ TRAINING = [
     "train.checkpoint_every=2",
     "optim.warmup_steps=1",
     "optim.schedule=constant",
-    "mesh.data=1",
-    "mesh.fsdp=8",
 ]
 QUICK = [
     *(f"--config.base.{flag}" for flag in TRAINING),

@@ -14,6 +14,8 @@ from experiments import ddpm
 TINY = [
     "--config.unet.channels=8",
     "--config.unet.groups=4",
+    "--config.unet.blocks=1",
+    "--config.unet.attention=()",
     "--config.train.batch_size=16",
     "--config.optim.warmup_steps=1",
     "--config.optim.schedule=constant",

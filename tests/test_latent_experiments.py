@@ -1,8 +1,10 @@
 """experiments.autoencoder, ldm and dit as a user runs them, tiny: what they leave behind, resume, and refuse."""
 
+import contextlib
 import json
 import types
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from experiments import autoencoder, dit, ldm
 AUTOENCODER = [
     "--config.autoencoder.channels=8",
     "--config.autoencoder.groups=4",
+    "--noconfig.autoencoder.middle_attention",
     "--config.train.batch_size=16",
     "--config.train.sample_every=0",
     "--config.train.ema_decay=0.9",
@@ -30,6 +33,9 @@ AUTOENCODER = [
 ]
 DIFFUSION = [
     "--config.unet.channels=8",
+    "--config.unet.blocks=1",
+    "--config.unet.multipliers=(1,)",
+    "--config.unet.attention=()",
     "--config.unet.groups=4",
     "--config.dit.width=16",
     "--config.dit.depth=2",
@@ -54,7 +60,8 @@ def coded(tmp_path_factory):
     found = {}
     for kind, preset in (("kl", "digits"), ("vq", "digits_vq")):
         found[kind] = tmp_path_factory.mktemp(kind)
-        run(autoencoder, found[kind], f"--preset={preset}", *AUTOENCODER, "--config.train.steps=6")
+        with devices.one_device() if kind == "vq" else contextlib.nullcontext():
+            run(autoencoder, found[kind], f"--preset={preset}", *AUTOENCODER, "--config.train.steps=6")
     return found
 
 
@@ -74,6 +81,7 @@ def test_an_autoencoder_leaves_what_a_user_looks_for(coded, kind):
     assert ("perplexity" in scores) == (kind == "vq")
 
 
+@pytest.mark.usefixtures("one_device")
 def test_the_critic_has_no_say_before_its_start(coded):
     lines = [json.loads(line) for line in (coded["kl"] / "metrics.jsonl").read_text().splitlines()]
     assert lines, "metrics are written at the end of a run"
@@ -90,6 +98,7 @@ def test_the_critic_has_no_say_before_its_start(coded):
         assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(grads["autoencoder"])) > 0
 
 
+@pytest.mark.usefixtures("one_device")
 def test_an_interrupted_autoencoder_ends_as_an_uninterrupted_one(coded, tmp_path):
     """The codebook in `extra` comes back, too."""
     flags = ["--preset=digits_vq", *AUTOENCODER]
@@ -141,6 +150,7 @@ def test_mirrored_images_are_encoded_too(coded, tmp_path):
     assert codec(coded["kl"], tmp_path, flip=True).source().length == 2 * digits("train").length
 
 
+@pytest.mark.usefixtures("one_device")
 def test_latent_diffusion(coded, tmp_path, capsys):
     run(ldm, tmp_path, f"--config.latents.model={coded['kl']}", *DIFFUSION, "--config.train.steps=3")
     scores = json.loads((tmp_path / "eval.json").read_text())
@@ -181,14 +191,13 @@ def test_wrong_models_are_named(tmp_path):
         run(ldm, tmp_path / "run", "--config.latents.model=")
 
 
-def test_dit_on_pixels_and_in_latents(coded, tmp_path):
-    run(dit, tmp_path / "pixels", *DIFFUSION, "--config.train.steps=2")
-    assert json.loads((tmp_path / "pixels" / "eval.json").read_text())["step"] == 2
+def test_dit_in_latents(coded, tmp_path):
     flags = [f"--config.latents.model={coded['vq']}", "--config.dit.patch=1"]
-    run(dit, tmp_path / "latents", *flags, *DIFFUSION, "--config.train.steps=2")
-    assert json.loads((tmp_path / "latents" / "eval.json").read_text())["step"] == 2
+    run(dit, tmp_path, *flags, *DIFFUSION, "--config.train.steps=2")
+    assert json.loads((tmp_path / "eval.json").read_text())["step"] == 2
 
 
+@pytest.mark.usefixtures("one_device")
 def test_scaling(tmp_path, capsys):
     flags = ["--config.scaling.widths=(8,16)", "--config.scaling.depths=(1,2)", "--config.scaling.heads=(2,2)"]
     flags += [*DIFFUSION, "--config.train.steps=4", "--config.scaling.points=2", "--mode=scaling"]
@@ -205,9 +214,10 @@ def test_scaling(tmp_path, capsys):
         run(dit, tmp_path, *flags, "--config.scaling.heads=(2,)", "--accept_changes", makers=("scaling",))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_compression(tmp_path):
     flags = [
-        "--config.compression.factors=(8,)",
+        "--config.compression.factors=(2,)",
         "--config.compression.channels=(4,)",
         "--mode=compression",
         "--config.compression.kinds=('vq',)",
@@ -221,16 +231,18 @@ def test_compression(tmp_path):
     flags += [*DIFFUSION, "--config.train.steps=2", "--config.loss.critic_channels=8"]
     run(ldm, tmp_path, *flags, makers=("compression",))
     found = json.loads((tmp_path / "compression.json").read_text())
-    assert set(found) == {"f8_vq"}
-    assert found["f8_vq"]["latent"] == [1, 1, 4]
+    assert set(found) == {"f2_vq"}
+    assert found["f2_vq"]["latent"] == [4, 4, 4]
     assert all(row["ms_per_sample"] > 0 and row["frechet"] > 0 for row in found.values())
     assert len((tmp_path / "compression.md").read_text().splitlines()) == 3
 
 
+@pytest.mark.usefixtures("one_device")
 def test_averages_of_any_width_after_training(tmp_path, capsys):
     """Snapshots are kept on the way; afterwards a width that was stored is the state's own average of that width."""
     run(dit, tmp_path, *DIFFUSION, "--config.train.steps=4", "--config.train.profiles_every=2")
     assert sorted(path.name for path in (tmp_path / "profiles").iterdir() if path.name.isdigit()) == ["2", "4"]
+    assert json.loads((tmp_path / "eval.json").read_text())["step"] == 4
     opened = _open(dit, tmp_path)
     current = images.restored_state(opened)
     opened.config.sample.ema_width = 0.1
@@ -240,6 +252,7 @@ def test_averages_of_any_width_after_training(tmp_path, capsys):
     assert "FD-MLP-digits" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_width_without_snapshots_is_named(coded, tmp_path, capsys):
     run(dit, tmp_path, *DIFFUSION, "--config.train.steps=1")
     with pytest.raises(SystemExit):

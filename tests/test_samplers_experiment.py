@@ -13,6 +13,7 @@ from diffrl.diffusion.sampling import sample
 from diffrl.recipes import solvers
 from experiments import samplers
 
+pytestmark = pytest.mark.usefixtures("one_device")
 TINY = [
     "--config.image.unet.channels=8",
     "--config.image.unet.groups=4",
@@ -22,8 +23,6 @@ TINY = [
     "--config.image.train.steps=2",
     "--config.image.train.batch_size=16",
     "--config.image.optim.warmup_steps=1",
-    "--config.image.mesh.data=1",
-    "--config.image.mesh.fsdp=8",
     "--config.image.eval.samples=32",
     "--config.points=256",
     "--config.budgets=(3,6)",

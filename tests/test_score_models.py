@@ -7,6 +7,7 @@ import pytest
 from diffrl import config as config_lib
 from experiments import distillation, score_matching
 
+pytestmark = pytest.mark.usefixtures("one_device")
 FIELDS = [
     *("--config.width=8", "--config.depth=2", "--config.steps=4", "--config.inner=2", "--config.batch_size=16"),
     *("--config.seeds=1", "--config.optim.warmup_steps=1", "--config.only=('implicit',)"),

@@ -187,25 +187,6 @@ def seams(positions: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
     return timeouts & elsewhere
 
 
-def split(paths: Paths, share: float, seed: int) -> tuple[Paths, Paths]:
-    """Paths to learn from, and `share` of them (at least one), drawn at random, that are held out.
-
-    Raises UserError if the share is not between 0 and 1, or if no path would be left to learn from.
-    """
-    total = len(paths.starts)
-    if not 0 < share < 1:
-        raise UserError(f"a share of {share:g} of the paths cannot be held out: choose one between 0 and 1")
-    if total < 2:
-        raise UserError(f"{total} path cannot be split: record more, or hold none out")
-    held = np.zeros(total, bool)
-    held[np.random.default_rng(seed).permutation(total)[: min(max(round(share * total), 1), total - 1)]] = True
-    return _chosen(paths, ~held), _chosen(paths, held)
-
-
-def _chosen(paths: Paths, which: np.ndarray) -> Paths:
-    return Paths(paths.starts[which], paths.lengths[which])
-
-
 def returns_to_go(rewards: np.ndarray, paths: Paths, discount: float) -> np.ndarray:
     """From each row of `rewards [N]`, the sum over i of `discount**i r_{t+i}` to the end of its path.
 

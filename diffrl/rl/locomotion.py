@@ -68,12 +68,6 @@ QUALITIES: dict[tuple[str, str], tuple[tuple[float, ...], float, int]] = {  # fi
 }
 
 
-def score(world: str, returns: np.ndarray) -> np.ndarray:
-    """D4RL's normalised score of returns [...]: 0 is a random policy, 100 its expert."""
-    known = named(world)
-    return 100 * (np.asarray(returns) - known.random) / (known.expert - known.random)
-
-
 def made(world: str, quality: str, actors: str | pathlib.Path, transitions: int, seed: int = 0) -> Demonstrations:
     """A set of our own, by the archive's TQC actor with the noise of `QUALITIES`.
 

@@ -8,7 +8,7 @@ import pytest
 from diffrl.data import trajectories
 from diffrl.data.normalisers import cdf, gaussian, limits, normalise
 from diffrl.data.pipeline import loader
-from diffrl.data.trajectories import Paths, Transitions, goal_exits, paths, returns_to_go, seams, split, window_returns
+from diffrl.data.trajectories import Paths, Transitions, goal_exits, paths, returns_to_go, seams, window_returns
 from diffrl.data.windows import windows
 from diffrl.errors import UserError
 
@@ -97,19 +97,6 @@ def test_rows_outside_the_paths_have_no_return_and_lend_none():
     np.testing.assert_array_equal(window_returns(rewards, some, 1, 1.0), [1, 2, 0, 4, 5, 0])
 
 
-def test_split_is_a_partition_of_whole_paths():
-    whole = paths(np.random.default_rng(0).random(500) < 0.1)
-    kept, held = split(whole, 0.2, seed=3)
-    assert len(held.starts) == round(0.2 * len(whole.starts))
-    pairs = [list(zip(*part, strict=True)) for part in (kept, held)]
-    assert sorted(pairs[0] + pairs[1]) == list(zip(*whole, strict=True))
-    assert all(part == sorted(part) for part in pairs)
-    np.testing.assert_array_equal(split(whole, 0.2, seed=3)[1].starts, held.starts)
-    assert not np.array_equal(split(whole, 0.2, seed=4)[1].starts, held.starts)
-    two = paths(np.array([True, False]))
-    assert [len(split(two, share, 0)[1].starts) for share in (0.01, 0.99)] == [1, 1]
-
-
 def make(t, horizon, pad, which=None, **more):
     which = paths(t.terminals | t.timeouts) if which is None else which
     kinds = {"observations": limits(X.observations), "actions": gaussian(X.actions)}
@@ -149,7 +136,8 @@ def test_windows_are_those_of_the_definition(pad, horizon):
 @pytest.mark.parametrize("pad", [True, False])
 def test_nothing_leaks_from_behind_a_path(pad):
     ends = X.terminals | X.timeouts
-    kept, held = split(paths(ends), 0.5, seed=1)
+    whole = paths(ends)
+    kept, held = (Paths(whole.starts[k::2], whole.lengths[k::2]) for k in (0, 1))
     before = make(X, 6, pad, kept)
     spoilt = Transitions(*(field.copy() for field in X))
     for start, length in zip(*held, strict=True):
@@ -256,8 +244,6 @@ def test_files_that_are_refused(tmp_path):
         (lambda: make(X, 4, True, Paths(*np.zeros((2, 0), int))), "keep at least one path"),
         (lambda: make(X, 4, True, returns=np.zeros(3)), r"set has 100 steps but returns of shape \(3,\)"),
         (lambda: paths(np.zeros(0, bool)), "no paths in 0 transitions"),
-        (lambda: split(paths(X.timeouts), 1.0, 0), "a share of 1 of the paths"),
-        (lambda: split(paths(np.zeros(5, bool)), 0.5, 0), "1 path cannot be split"),
         (lambda: window_returns(X.rewards, paths(X.timeouts), 0, 0.9), "a return over 0 steps"),
         (lambda: returns_to_go(X.rewards, paths(X.timeouts), 1.5), "discount 1.5 must lie between 0 and 1"),
     ],

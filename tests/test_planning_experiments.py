@@ -8,6 +8,7 @@ import pytest
 
 from diffrl import config as config_lib
 from diffrl.data import trajectories
+from diffrl.recipes import tasks
 from diffrl.rl import mazes
 from experiments import decision_diffuser, diffuser, replanning
 
@@ -148,6 +149,21 @@ def test_demonstrations_of_something_else_are_refused(planned, tmp_path, capsys)
     refused(diffuser, tmp_path / "robot", [file, "--config.task.robot=hopper"], "hopper has 11 and 3", capsys)
 
 
+def test_windows_are_cut_at_the_goal_or_not(planned):
+    def cut(at_goal):
+        task = tasks.open_task(tasks.TaskConfig(transitions=6000, cut_at_goal=at_goal), planned)
+        there = np.linalg.norm(task.transitions.observations[:, :2] - np.array(task.maze.goal), axis=1) < 0.5
+        left = np.flatnonzero(there[:-1] & ~there[1:])
+        ends = task.paths.starts + task.paths.lengths - 1
+        assert task.paths.lengths.sum() == 6000
+        return np.isin(left, ends).mean(), len(ends)
+
+    (all_of_them, many), (chance, few) = cut(True), cut(False)
+    assert all_of_them == 1
+    assert chance < 0.1
+    assert few < many
+
+
 def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
     run(
         decision_diffuser, tmp_path, "--config.train.steps=4", "--config.train.sample_every=2",
@@ -214,7 +230,7 @@ def test_mazes_presets_span_what_the_paper_plans():
 def test_with_and_without_jit_plans_and_paths_are_alike(planned):
     """The whole closed loop, jit against no jit, on a few steps of the world."""
     from diffrl.planning import policies
-    from diffrl.recipes import planners, planning, tasks
+    from diffrl.recipes import planners, planning
     from diffrl.rl import controllers
 
     config = diffuser.PRESETS["umaze"]()
@@ -230,7 +246,9 @@ def test_with_and_without_jit_plans_and_paths_are_alike(planned):
         controller = policies.controller(
             model.planner(params, fitted), policies.towards_waypoints(), 4, goal=tasks.goal_observation
         )
-        return controllers.execute(task.env, controller, 6, lambda world, carry, action: (world.obs, carry.x))(keys)
+        return controllers.execute(task.world(False), controller, 6, lambda world, carry, action: (world.obs, carry.x))(
+            keys
+        )
 
     keys = jax.random.split(jax.random.key(0), 2)
     _, compiled = jax.jit(play)(params, keys)

@@ -18,7 +18,6 @@ from diffrl.recipes.planners import PlanConfig, check_every
 from diffrl.recipes.planning import Session
 from diffrl.recipes.tasks import Task
 from diffrl.rl import controllers, drawing, maze2d
-from diffrl.rl.controllers import Controller
 from diffrl.train import hooks, mesh
 from diffrl.train.state import TrainState
 
@@ -36,14 +35,17 @@ class EvalConfig:
 
 
 class Arena:
-    """Episodes of one task under a model's plans: compiled once, used for any parameters and replanning interval."""
+    """Episodes of one task, under a model's plans or a rival's control, with the maze's goal or random ones.
+
+    Each is compiled once, for any parameters, replanning interval and kind of goal.
+    """
 
     def __init__(self, session: Session, task: Task, plan: PlanConfig, goal: bool = True):
         self.task, self.session, self.plan = task, session, plan
         check_every(session.config.model, plan.every)
         target = tasks.goal_observation if goal else None
 
-        def play(params, frozen, keys, every):
+        def play(params, frozen, keys, every, random_goal):
             planner, act = session.model.planner(params, frozen), session.model.act(params, frozen)
             # Where plans are made but once, no second sampler is compiled.
             often = every if plan.every else 0
@@ -53,22 +55,46 @@ class Arena:
                 planned = carry.plan.observations[:SHOWN, :, :2]
                 return {"obs": world.obs[:SHOWN], "plan": planned, "goal": world.info["goal"][:SHOWN]}
 
-            return controllers.execute(task.env, controller, task.steps, keep)(keys)
+            return controllers.execute(task.world(random_goal), controller, task.steps, keep)(keys)
+
+        def rival(who):
+            return jax.jit(
+                lambda keys, random_goal: controllers.execute(task.world(random_goal), who, task.steps, lambda *_: {})(
+                    keys
+                )
+            )
 
         self._play = jax.jit(play)
+        self._rivals = {name: rival(who) for name, who in task.rivals.items()}
         # What a plan cannot be is found before training.
         keys = jax.random.split(jax.random.key(0), _batch(self, session.config.eval.episodes))
-        jax.eval_shape(self._play, planning.shapes(session), session.fitted, keys, jnp.asarray(0))
+        jax.eval_shape(self._play, planning.shapes(session), session.fitted, keys, jnp.asarray(0), jnp.asarray(False))
 
     def run(
-        self, params: Any, frozen: Any, count: int, purpose: int = 0, every: int | None = None
+        self,
+        params: Any,
+        frozen: Any,
+        count: int,
+        purpose: int = 0,
+        every: int | None = None,
+        random_goal: bool | None = None,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(returns [count], what was seen of the first `SHOWN` episodes, [steps, SHOWN, ...]).
 
         every: steps from plan to plan, in place of the config's, where that is not 0.
+        random_goal: in place of the config's.
         """
         often = jnp.asarray(self.plan.every if every is None else every)
-        return _in_batches(self, lambda keys: self._play(params, frozen, keys, often), count, purpose)
+        random = self._random(random_goal)
+        return _in_batches(self, lambda keys: self._play(params, frozen, keys, often, random), count, purpose)
+
+    def rival(self, name: str, count: int, purpose: int = 0, random_goal: bool | None = None) -> np.ndarray:
+        """Returns [count] of one of the task's rivals, in the same episodes."""
+        random = self._random(random_goal)
+        return _in_batches(self, lambda keys: self._rivals[name](keys, random), count, purpose)[0]
+
+    def _random(self, random_goal: bool | None) -> Array:
+        return jnp.asarray(self.session.config.task.random_goal if random_goal is None else random_goal)
 
 
 def _batch(arena: Arena, count: int) -> int:
@@ -89,12 +115,6 @@ def _in_batches(arena: Arena, play: Callable, count: int, purpose: int) -> tuple
         shown = shown or {name: mesh.fetch(x) for name, x in seen.items()}
         returns.append(mesh.fetch(episodes.episode_return))
     return np.concatenate(returns)[:count], shown
-
-
-def rival_returns(arena: Arena, rival: Controller, count: int, purpose: int = 0) -> np.ndarray:
-    """Returns [count] of someone else, in the same episodes."""
-    run = jax.jit(controllers.execute(arena.task.env, rival, arena.task.steps, lambda *_: {}))
-    return _in_batches(arena, run, count, purpose)[0]
 
 
 def summary(task: Any, returns: np.ndarray) -> dict[str, float]:
@@ -188,27 +208,24 @@ def report(
 
     Writes scores.json, scores.md, pictures and videos into `folder`, and returns the rows of the table.
     """
-    config = session.config
+    config, task = session.config, arena.task
     count = config.eval.episodes
     rows: dict[str, dict[str, float]] = {}
-    places = {config.task.random_goal: arena}
-    if goal:
-        other = tasks.with_goals(arena.task, config.task, not config.task.random_goal)
-        places[not config.task.random_goal] = Arena(session, other, arena.plan)
+    kinds = [config.task.random_goal, *([not config.task.random_goal] if goal else [])]
     best = planning.restored(session, best=True) if session.best.steps() else None
-    for random, place in places.items():
+    for random in kinds:
         goals = "random goals" if random else "the maze's goal"
-        returns, seen = place.run(current.ema, current.frozen, count)
-        rows[f"{name}, {goals}, step {int(current.step)}"] = summary(place.task, returns)
+        returns, seen = arena.run(current.ema, current.frozen, count, random_goal=random)
+        rows[f"{name}, {goals}, step {int(current.step)}"] = summary(task, returns)
         if best is not None and int(best.step) != int(current.step):
             label = f"{name}, {goals}, best on the way (step {int(best.step)})"
-            rows[label] = summary(place.task, place.run(best.ema, best.frozen, count)[0])
-        for who, rival in place.task.rivals.items():
-            rows[f"{who}, {goals}"] = summary(place.task, rival_returns(place, rival, count))
+            rows[label] = summary(task, arena.run(best.ema, best.frozen, count, random_goal=random)[0])
+        for who in task.rivals:
+            rows[f"{who}, {goals}"] = summary(task, arena.rival(who, count, random_goal=random))
         picture = "plans_random_goals" if random else "plans"
-        draw(place.task, seen, folder / f"{picture}.png")
+        draw(task, seen, folder / f"{picture}.png")
         if config.eval.video:
-            film(place.task, seen, folder / f"{picture}.gif")
+            film(task, seen, folder / f"{picture}.gif")
     write(folder, rows)
     print(f"\nplans (teal) and what was walked (red): {folder}/plans.png", file=sys.stderr)
     return rows

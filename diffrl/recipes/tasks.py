@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -37,8 +38,8 @@ class TaskConfig:
             them.
         random_goal: every episode has a goal of its own (Diffuser's multi-task setting), else the maze's.
         transitions: how many are made; 0: as many as D4RL has, 1, 2 and 4 million.
-        cut_at_goal: whether windows of demonstrations end where the agent leaves the maze's goal, as Diffuser's do.  They
-            then hardly show how one gets there: in the large maze 0.04 % of their rows are at the goal, else 0.9 %.
+        cut_at_goal: whether windows of demonstrations end where the agent leaves the maze's goal, as Diffuser's do.
+            They then hardly show how one gets there: in the large maze 0.04 % of their rows are at it, else 0.9 %.
         file: demonstrations to be read instead: HDF5 of D4RL or Minari, or .npz of ours.
         robot: hopper, halfcheetah or walker2d, in place of a maze.
         actors: the .npz of trained actors by which demonstrations of a robot are made (`rl.experts`).
@@ -62,7 +63,8 @@ class Task(NamedTuple):
     """A maze that is open for business.
 
     Attributes:
-        env: one world.  steps: of an episode.
+        world: whether goals are random, traced or not -> one world.
+        steps: of an episode.
         reference: returns that score 0 and 100.
         transitions, paths: demonstrations, and where they may be cut into windows.
         rivals: others who act in it, by name.
@@ -70,7 +72,7 @@ class Task(NamedTuple):
 
     name: str
     maze: Maze
-    env: Environment
+    world: Callable[[bool | Array], Environment]
     steps: int
     reference: tuple[float, float]
     transitions: Transitions
@@ -96,7 +98,12 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     steps = config.steps or usual
     if len(config.start) not in (0, 2):
         raise UserError(f"task.start={config.start}: give x and y, or nothing")
-    env = _world(maze, steps, config, config.random_goal)
+    start = (config.start[0], config.start[1]) if config.start else None
+
+    def world(random_goal):
+        return maze2d.make(maze, steps, config.reward, random_goal, f"maze2d-{maze.name}", start)
+
+    env = world(config.random_goal)
     found = _demonstrations(config, maze, usual, workdir, seed)
     if found.observations.shape[1:] != (4,) or found.actions.shape[1:] != (2,):
         raise UserError(
@@ -114,7 +121,7 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
         "random actions": controllers.uniform(env),
     }
     reference = fields[2][config.reward] if fields and steps == usual else _reference(env, steps, rivals)
-    return Task(env.name, maze, env, steps, reference, found, trajectories.paths(ends), rivals)
+    return Task(env.name, maze, world, steps, reference, found, trajectories.paths(ends), rivals)
 
 
 def _demonstrations(config: TaskConfig, maze: Maze, steps: int, workdir: pathlib.Path, seed: int) -> Transitions:
@@ -170,16 +177,6 @@ def _reference(env: Environment, steps: int, rivals: dict[str, Controller]) -> t
         for name in ("random actions", "waypoint controller")
     )
     return low, high
-
-
-def with_goals(task: Task, config: TaskConfig, random_goal: bool) -> Task:
-    """The same task with a goal of its own for every episode, or with the maze's."""
-    return task._replace(env=_world(task.maze, task.steps, config, random_goal))
-
-
-def _world(maze: Maze, steps: int, config: TaskConfig, random_goal: bool) -> Environment:
-    start = (config.start[0], config.start[1]) if config.start else None
-    return maze2d.make(maze, steps, config.reward, random_goal, f"maze2d-{maze.name}", start)
 
 
 def make_normalisers(config: TaskConfig, task: Any) -> dict[str, normalisers.Normaliser]:

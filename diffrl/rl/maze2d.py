@@ -96,14 +96,15 @@ def make(
     maze: Maze,
     steps: int,
     reward: str = "sparse",
-    random_goal: bool = False,
+    random_goal: bool | Array = False,
     name: str = "",
     start: tuple[float, float] | None = None,
 ) -> Environment:
     """The environment: obs = (x, y, vx, vy) in m and m/s, actions in [-1, 1]^2, no end but that of time.
 
-    Episodes begin at `start` or in any free cell, with a goal that is the maze's or, with `random_goal`, in any
-    free cell (Diffuser's Multi2D); info["goal"] [2] tells where.  After D4RL, rewards are those of where a step leads:
+    Episodes begin at `start` or in any free cell, with a goal that is the maze's or, with `random_goal` (it may be
+    traced), in any free cell (Diffuser's Multi2D); info["goal"] [2] tells where.  After D4RL, rewards are those of
+    where a step leads:
 
         sparse  1 within 0.5 of the goal, else 0            dense  exp(-distance to the goal)
 
@@ -118,7 +119,7 @@ def make(
 
     def reset(key: Array) -> State:
         place, motion, target = jax.random.split(key, 3)
-        goal = anywhere(maze, target) if random_goal else jnp.array(maze.goal, jnp.float32)
+        goal = jnp.where(random_goal, anywhere(maze, target), jnp.array(maze.goal, jnp.float32))
         begin = anywhere(maze, place) if start is None else jnp.array(start, jnp.float32)
         obs = jnp.concatenate([begin, 0.1 * jax.random.normal(motion, (2,))])
         return State(obs, obs, jnp.zeros((), jnp.float32), off, off, {"goal": goal})

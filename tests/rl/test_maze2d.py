@@ -166,9 +166,14 @@ def test_values_agree_with_the_tabular_solver():
 def test_random_goals_and_rewards():
     maze = mazes.standard("umaze")
     env = maze2d.make(maze, 300, random_goal=True)
-    states = jax.vmap(env.reset)(jax.random.split(jax.random.key(0), 256))
+    keys = jax.random.split(jax.random.key(0), 256)
+    states = jax.vmap(env.reset)(keys)
     cells = {tuple(cell) for cell in np.rint(states.info["goal"]).astype(int)}
     assert cells == {tuple(cell) for cell in maze.free}
+    either = jax.jit(lambda random: jax.vmap(maze2d.make(maze, 300, random_goal=random).reset)(keys))
+    np.testing.assert_allclose(either(True).info["goal"], states.info["goal"], atol=1e-6)
+    assert (either(False).info["goal"] == np.array(maze.goal)).all()
+    np.testing.assert_allclose(either(False).obs, states.obs, atol=1e-6)
     dense = maze2d.make(maze, 300, "dense")
     state = dense.step(dense.reset(jax.random.key(0)), jnp.zeros(2))
     np.testing.assert_allclose(state.reward, np.exp(-np.linalg.norm(state.obs[:2] - np.array(maze.goal))), rtol=1e-6)

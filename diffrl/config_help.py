@@ -1,6 +1,7 @@
 """What the command line answers: the text of `--help`, and the nearest name to a mistyped one."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -67,7 +68,12 @@ def _tail(name: str) -> str:
 
 
 def _summary(make: Callable[[], Any]) -> str:
-    """The first line of a preset's docstring; the one that dataclass() itself writes says nothing."""
+    """The first line of a preset's docstring, of a partial that of its function.
+
+    The one that dataclass() itself writes says nothing.
+    """
+    if isinstance(make, functools.partial):
+        make = make.func
     first = (make.__doc__ or "").strip().partition("\n")[0]
     return "" if isinstance(make, type) and first.startswith(f"{make.__name__}(") else first
 

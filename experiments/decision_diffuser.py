@@ -14,6 +14,7 @@ train, eval: as of `experiments.diffuser`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,12 @@ def robot(name: str) -> Config:
 
 
 LOSSES = ("planning", "acting")
-PRESETS = {"umaze": Config, **robots.presets(robot)}
+PRESETS: config_lib.Presets = {
+    "umaze": Config,
+    "hopper": functools.partial(robot, "hopper"),
+    "halfcheetah": functools.partial(robot, "halfcheetah"),
+    "walker2d": functools.partial(robot, "walker2d"),
+}
 
 
 def main(config: Config, run: config_lib.Run) -> None:

@@ -1,6 +1,7 @@
 """The command line of experiments: what it reads and saves, and the one line that answers each mistake."""
 
 import dataclasses
+import functools
 import errno
 import json
 import os
@@ -40,7 +41,12 @@ def wide() -> Config:
     return Config(mults=(2, 4))
 
 
-PRESETS = {"base": Config, "wide": wide}
+def noted(note: str) -> Config:
+    """Has a note."""
+    return Config(note=note)
+
+
+PRESETS = {"base": Config, "wide": wide, "so": functools.partial(noted, "so")}
 MODES = ("train", "sample")
 
 
@@ -262,6 +268,7 @@ def test_help_lists_presets_modes_and_every_leaf(capsys):
     assert text.startswith("The command line of experiments")
     for part in (
         "--preset=wide  Twice the channels.",
+        "--preset=so    Has a note.",
         "train | sample",
         "--accept_changes",
         "--config.mults=(2,4)",

@@ -1,8 +1,6 @@
 """Gymnasium's robots as tasks for planners: demonstrations of ours, the closed loop on the host, scores."""
 
-import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,11 +36,6 @@ class RobotTask(NamedTuple):
     reference: tuple[float, float]
     transitions: Transitions
     paths: Paths
-
-
-def presets(make: Callable[[str], Any]) -> dict[str, Callable[[], Any]]:
-    """One of `make`, which is given its name, for each robot; described as `make` is."""
-    return {name: functools.update_wrapper(functools.partial(make, name), make) for name in locomotion.WORLDS}
 
 
 def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int) -> RobotTask:

@@ -1,8 +1,8 @@
 """The command line of experiments: what it reads and saves, and the one line that answers each mistake."""
 
 import dataclasses
-import functools
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -120,7 +120,7 @@ def test_a_flag_sets_its_leaf_and_no_other(argv, leaf, value):
         (["--work_dir=x"], "did you mean --workdir?"),
         (["steps=3"], "not a flag: steps; did you mean --config.steps?"),
         (["--config.steps=3", "extra"], "not a flag: extra"),
-        (["--preset=wied"], "--preset=wied: expected one of base, wide; did you mean wide?"),
+        (["--preset=wied"], "--preset=wied: expected one of base, wide, so; did you mean wide?"),
         (["--mode=sampel"], "did you mean sample?"),
         (["--config.steps=many"], "--config.steps=many: expected int, as in --config.steps=100"),
         (["--config.steps=1.5"], "expected int"),

@@ -1,6 +1,7 @@
 """What a planner is worth in its world: scores with intervals, the best checkpoint, pictures and videos."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Callable
@@ -57,15 +58,11 @@ class Arena:
 
             return controllers.execute(task.world(random_goal), controller, task.steps, keep)(keys)
 
-        def rival(who):
-            return jax.jit(
-                lambda keys, random_goal: controllers.execute(task.world(random_goal), who, task.steps, lambda *_: {})(
-                    keys
-                )
-            )
+        def compete(who, keys, random_goal):
+            return controllers.execute(task.world(random_goal), who, task.steps, lambda *_: {})(keys)
 
         self._play = jax.jit(play)
-        self._rivals = {name: rival(who) for name, who in task.rivals.items()}
+        self._rivals = {name: jax.jit(functools.partial(compete, who)) for name, who in task.rivals.items()}
         # What a plan cannot be is found before training.
         keys = jax.random.split(jax.random.key(0), _batch(self, session.config.eval.episodes))
         jax.eval_shape(self._play, planning.shapes(session), session.fitted, keys, jnp.asarray(0), jnp.asarray(False))

@@ -87,7 +87,7 @@ class ValueConfig:
     """Diffuser's value of noisy plans, and how it guides.
 
     The paper's scale of 0.1 is of raw returns: of our hopper's, whose standard deviation is 89, it would be 9 here.  So
-    strong a pull helps trained values only: after 4000 updates it cost a few points, after 20,000 it gained as many.
+    strong a pull helps trained values only: after 4000 updates it cost a few points, after 20,000 it may gain as many.
     """
 
     train: bool = leaf(False, "train a value beside the plans; where there is no goal it is what they are for")

@@ -34,16 +34,12 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# Of brax's own recipes: steps of the windows in which its advantages are computed.
-WINDOWS = {"inverted_pendulum": 5, "reacher": 50, "ant": 5, "humanoid": 10}
-
-
 def brax_sizes(robot: str) -> Any:
     """The config of `experiments.ppo` with brax's own recipe, whose sizes are those of its published notebook."""
     from experiments import ppo
 
     if robot == "inverted_pendulum":
-        return ppo.brax(robot, 2_000_000)
+        return ppo.brax(robot, 2_000_000, window=5)
     made = ppo.PRESETS.get(robot)
     if made is None or not made().world.name.startswith("brax:"):
         robots = [name for name, made in ppo.PRESETS.items() if made().world.name.startswith("brax:")]
@@ -55,7 +51,7 @@ def brax_arguments(robot: str) -> dict[str, Any]:
     """The same recipe as arguments of brax's trainer."""
     config = brax_sizes(robot)
     settings, num = config.ppo, config.world.num
-    window = WINDOWS.get(robot, 20)
+    window = settings.window
     return {
         "episode_length": config.world.episode_length, "action_repeat": config.world.action_repeat,
         "reward_scaling": settings.reward_scale, "normalize_observations": settings.normalise_obs,

@@ -50,7 +50,8 @@ class PPOConfig:
     kl_target: float | None = leaf(None, "nats an update, held by an adaptive penalty; None = none", above=0)
     entropy: float = leaf(0.0, "weight of the entropy", at_least=0)
     value_weight: float = leaf(0.5, at_least=0)
-    refresh: bool = leaf(False, "advantages anew before each epoch")
+    advantages: str = leaf("rollout", "when they are formed anew: each rollout, epoch or minibatch")
+    window: int = leaf(0, "steps of the windows that minibatches hold; 0: of the rollout", at_least=0)
     reward_scale: float = leaf(1.0, "what rewards are multiplied with", above=0)
     normalise_obs: bool = leaf(False, "observations to mean 0 and deviation 1, as seen so far")
     normalise_rewards: bool = leaf(False, "rewards by the deviation of the discounted return")
@@ -98,6 +99,7 @@ def brax(name: str, steps: int, **changes: Any) -> Config:
     settings: dict[str, Any] = {
         **{"unroll": 80, "epochs": 4, "minibatches": 32, "learning_rate": 3e-4, "anneal": False, "clip_norm": 1e9},
         **{"discount": 0.97, "clip": 0.3, "entropy": 1e-2, "reward_scale": 10.0, "normalise_obs": True},
+        **{"advantages": "minibatch", "window": 20},
     }
     world = WorldConfig(name=f"brax:{name}", num=2048)
     for field in ("num", "action_repeat", "backend"):
@@ -113,14 +115,15 @@ def brax(name: str, steps: int, **changes: Any) -> Config:
 
 def inverted_pendulum() -> Config:
     """1000, the most there is, after half a million steps; with brax's discount of 0.97 the cart drifts off unseen."""
-    smaller: dict[str, Any] = {"num": 256, "unroll": 40, "minibatches": 16}
+    smaller: dict[str, Any] = {"num": 256, "unroll": 40, "minibatches": 16, "advantages": "rollout", "window": 0}
     return brax("inverted_pendulum", 1_000_000, anneal=True, entropy=1e-3, discount=0.99, reward_scale=0.1, **smaller)
 
 
 def reacher() -> Config:
     return brax(
-        "reacher", 50_000_000, unroll=200, epochs=8, discount=0.95, entropy=1e-3, reward_scale=5.0, action_repeat=4
-    )
+        "reacher", 50_000_000, unroll=200, window=50, epochs=8, discount=0.95, entropy=1e-3, reward_scale=5.0,
+        action_repeat=4,
+    )  # fmt: skip
 
 
 def hopper() -> Config:
@@ -136,16 +139,16 @@ def halfcheetah() -> Config:
 
 
 def ant() -> Config:
-    return brax("ant", 50_000_000, num=4096)
+    return brax("ant", 50_000_000, num=4096, window=5)
 
 
 def humanoid() -> Config:
-    return brax("humanoid", 50_000_000, unroll=160, epochs=8, entropy=1e-3, reward_scale=0.1)
+    return brax("humanoid", 50_000_000, unroll=160, window=10, epochs=8, entropy=1e-3, reward_scale=0.1)
 
 
 def playground(name: str, steps: int) -> Config:
     """MuJoCo Playground's sizes for the suite of dm_control."""
-    config = brax(name, steps, unroll=480, epochs=16, discount=0.995, learning_rate=1e-3, clip_norm=1e9)
+    config = brax(name, steps, unroll=480, window=30, epochs=16, discount=0.995, learning_rate=1e-3, clip_norm=1e9)
     return dataclasses.replace(config, world=WorldConfig(name=f"playground:{name}", num=2048))
 
 
@@ -166,7 +169,8 @@ def build(config: Config, env: Environment) -> Agent:
         kl_target=settings.kl_target,
         entropy=settings.entropy,
         value_weight=settings.value_weight,
-        refresh=settings.refresh,
+        advantages=settings.advantages,
+        window=settings.window,
         epochs=settings.epochs,
         minibatches=settings.minibatches,
     )

@@ -36,6 +36,15 @@ def ungrouped(x: Array, steps: int) -> Array:
     return back.reshape(steps, -1, *x.shape[2:])
 
 
+def windows(tree: Any, size: int) -> Any:
+    """[T, N, ...] -> [T / size, N, size, ...]."""
+
+    def one(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(-1, size, *x.shape[1:]), 1, 2)
+
+    return jax.tree.map(one, tree)
+
+
 def flat(tree: Any) -> Any:
     """[G, M, ...] -> [G M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
@@ -78,12 +87,15 @@ def values_after(value: Callable[[Any], Array], v_tm1: Array, rollout: Any, grou
     return ungrouped(jax.lax.while_loop(going, body, (jnp.zeros((), counts.dtype), known))[1], steps)
 
 
-def number_of_groups(worlds: int, per_group: int, minibatches: int, groups: int | None = None) -> int:
+def number_of_groups(
+    worlds: int, per_group: int, minibatches: int, groups: int | None = None, unit: str = "steps"
+) -> int:
     """The most groups, up to GROUPS, that divide `worlds` and leave each minibatch an equal share of each.
 
     Args:
         per_group: steps of a rollout, so that a group holds per_group * worlds / groups samples.
         groups: the number that the user wants, if any.
+        unit: what messages call the steps.
 
     Raises:
         UserError: it cannot be done.
@@ -91,7 +103,7 @@ def number_of_groups(worlds: int, per_group: int, minibatches: int, groups: int 
     total = per_group * worlds
     if total % minibatches:
         raise UserError(
-            f"{total} samples ({per_group} steps of {worlds} worlds) cannot be cut into {minibatches} minibatches: "
+            f"{total} samples ({per_group} {unit} of {worlds} worlds) cannot be cut into {minibatches} minibatches: "
             "choose a number that divides them"
         )
     fits = [g for g in range(1, GROUPS + 1) if worlds % g == 0 and total // minibatches % g == 0]

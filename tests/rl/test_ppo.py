@@ -78,20 +78,61 @@ def test_truncation_is_not_termination(world, value):
         assert 1.0 < found < 7.5
 
 
-@pytest.mark.parametrize("refresh", [False, True])
-def test_refreshed_targets_follow_the_values(refresh):
+@pytest.mark.parametrize("advantages", ["rollout", "epoch", "minibatch"])
+def test_refreshed_targets_follow_the_values(advantages):
     """Two epochs of one-step targets 1 + 0.9 v by hand: the second one's from the old v, or from what it has become."""
     agent = ppo(
         separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(0.2), value_weight=1.0,
-        discount=0.9, lam=0.0, refresh=refresh, epochs=2, minibatches=1,
+        discount=0.9, lam=0.0, advantages=advantages, epochs=2, minibatches=1,
     )  # fmt: skip
     run = on_policy(many(counting(), 4), agent, 8)
     start = run.init(jax.random.key(0))
     params = {**start.agent.params, "value": jnp.array([2.0])}
     new, _ = jax.jit(run.step)(start._replace(agent=start.agent._replace(params=params)))
     first = 2.0 + 0.2 * (1 + 0.9 * 2.0 - 2.0)
-    seen = first if refresh else 2.0
+    seen = 2.0 if advantages == "rollout" else first
     assert float(new.agent.params["value"][0]) == pytest.approx(first + 0.2 * (1 + 0.9 * seen - first), rel=1e-5)
+
+
+def rollout_with_ends(steps=12, worlds=4):
+    """Random rewards and observations; some steps end their episode, one way or the other."""
+    keys = iter(jax.random.split(jax.random.key(3), 6))
+    obs = jax.random.normal(next(keys), (steps + 1, worlds, 3))
+    terminated = jax.random.bernoulli(next(keys), 0.15, (steps, worlds))
+    truncated = jax.random.bernoulli(next(keys), 0.2, (steps, worlds)) & ~terminated
+    raw = jax.random.normal(next(keys), (steps, worlds, 2))
+    info = {"raw": raw, "outputs": jnp.zeros((steps, worlds, 4))}
+    reward = jax.random.normal(next(keys), (steps, worlds))
+    return Transition(obs[:-1], raw, reward, terminated, truncated, obs[1:] + 0.1, info)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_advantages_of_minibatches_are_those_of_windows(window):
+    """One minibatch, one epoch: the same update as if each window had been a rollout of worlds of its own."""
+    settings = {"value_clip": 0.1, "epochs": 1, "minibatches": 1, "normalise": False}
+    network, gaussian = linear_critic(4, 3), distributions.normal(BOX)
+    rollout = rollout_with_ends()
+    agent = ppo(network, gaussian, optax.sgd(0.1), advantages="minibatch", window=window, **settings)
+    once = ppo(network, gaussian, optax.sgd(0.1), **settings)
+    cut = jax.tree.map(lambda x: jnp.concatenate(jnp.split(x, 12 // (window or 12)), axis=1), rollout)
+    state = agent.init(jax.random.key(0))
+    found, told = jax.jit(agent.update)(state, rollout, jax.random.key(1))
+    wanted, said = jax.jit(once.update)(state, cut, jax.random.key(1))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found.params, wanted.params)
+    assert float(told["explained_variance"]) == pytest.approx(float(said["explained_variance"]), rel=1e-4)
+
+
+def test_windows_that_do_not_fit_are_named():
+    settings = {"network": linear_critic(4, 3), "distribution": distributions.normal(BOX)}
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(UserError, match="advantages='never'.*minibatch"):
+        ppo(**settings, optimizer=optimizer, advantages="never")
+    with pytest.raises(UserError, match="window=4.*advantages='minibatch'"):
+        ppo(**settings, optimizer=optimizer, window=4)
+    for window, minibatches, words in ((5, 1, "window=5: rollouts of 12 steps"), (6, 16, "2 windows of 4 worlds")):
+        agent = ppo(**settings, optimizer=optimizer, advantages="minibatch", window=window, minibatches=minibatches)
+        with pytest.raises(UserError, match=words):
+            jax.eval_shape(agent.update, agent.init(jax.random.key(0)), rollout_with_ends(), jax.random.key(0))
 
 
 def test_clipping_bounds_the_ratio():

@@ -31,6 +31,9 @@ class State(NamedTuple):
     beta: Array
 
 
+ADVANTAGES = ("rollout", "epoch", "minibatch")
+
+
 class Samples(NamedTuple):
     """What a minibatch [B] holds; `outputs` and `value` are those of the policy that acted."""
 
@@ -55,7 +58,8 @@ def ppo(
     entropy: Any = 0.0,
     value_weight: Any = 0.5,
     normalise: bool = True,
-    refresh: bool = False,
+    advantages: str = "rollout",
+    window: int = 0,
     epochs: int = 4,
     minibatches: int = 4,
     groups: int | None = None,
@@ -69,16 +73,23 @@ def ppo(
         kl_target: nats per update; None = no beta.
         entropy, value_weight: c_H and c_V.
         normalise: advantages to mean 0 and deviation 1 within each minibatch.
-        refresh: advantages and targets anew before each epoch, by the values as they are by then, and not only once
-            by those that acted (Andrychowicz et al., arXiv:2006.05990).
+        advantages: when they and the targets are formed: once a `rollout`, by the values that acted; before each
+            `epoch`, by the values as they are by then (Andrychowicz et al., arXiv:2006.05990); or in each `minibatch`,
+            as brax does, which then holds whole windows of steps.
+        window: steps of such a window, beyond which a value stands for the future; 0: the rollout's.
         epochs, minibatches: passes over a rollout, and the parts of each.
         groups: of worlds, for shuffling (see `minibatches`); by default as many as fit.
 
     Raises:
-        UserError: neither `clip` nor `kl_target`; when traced, a rollout that does not divide into the minibatches.
+        UserError: neither `clip` nor `kl_target`, unknown `advantages`, a window without "minibatch"; when traced, a
+            rollout that does not divide into the windows or the minibatches.
     """
     if clip is None and kl_target is None:
         raise UserError("PPO needs a bound: give clip, kl_target or both")
+    if advantages not in ADVANTAGES:
+        raise UserError(f"advantages={advantages!r}: choose from {', '.join(ADVANTAGES)}")
+    if window and advantages != "minibatch":
+        raise UserError(f"window={window}: only minibatches are cut into windows; take advantages='minibatch', or 0")
 
     def init(key: Array) -> State:
         params = network.init(key)
@@ -121,22 +132,54 @@ def ppo(
         params = optax.apply_updates(state.params, updates)
         return State(params, opt_state, state.beta), told | {"grad_norm": optax.global_norm(grads)}
 
-    def update(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
+    def each_rollout(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
         steps, worlds = rollout.reward.shape
         parts = mb.number_of_groups(worlds, steps, minibatches, groups)
-        samples = advantages(state.params, rollout, parts)
+        samples = formed(state.params, rollout, parts)
+        state, told = mb.scan_epochs(minibatch, state, samples, key, epochs, minibatches)
+        return state, {**told, "explained_variance": explained(samples)}
 
-        def epoch(state: State, key: Array) -> tuple[State, dict[str, Array]]:
-            now = advantages(state.params, rollout, parts)._replace(value=samples.value)
-            state, told = mb.scan_epochs(minibatch, state, now, key, 1, minibatches)
-            return state, jax.tree.map(lambda x: x[0], told)
+    def each_epoch(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
+        steps, worlds = rollout.reward.shape
+        parts = mb.number_of_groups(worlds, steps, minibatches, groups)
 
-        if refresh:
-            state, told = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
-        else:
-            state, told = mb.scan_epochs(minibatch, state, samples, key, epochs, minibatches)
+        def epoch(carry: tuple[State, Array], now: tuple[Array, Array]) -> tuple[tuple[State, Array], dict[str, Array]]:
+            (state, acted), (key, first) = carry, now
+            samples = formed(state.params, rollout, parts)
+            acted = jnp.where(first, samples.value, acted)
+            state, told = mb.scan_epochs(minibatch, state, samples._replace(value=acted), key, 1, minibatches)
+            told = jax.tree.map(lambda x: x[0], told)
+            return (state, acted), {**told, "explained_variance": explained(samples)}
+
+        nothing = jnp.zeros_like(mb.grouped(rollout.reward, parts))
+        keys = jax.random.split(key, epochs), jnp.arange(epochs) == 0
+        (state, _), told = jax.lax.scan(epoch, (state, nothing), keys)
+        return state, told
+
+    def each_minibatch(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
+        steps, worlds = rollout.reward.shape
+        size = window or steps
+        if steps % size:
+            raise UserError(f"window={size}: rollouts of {steps} steps cannot be cut into such windows")
+        parts = mb.number_of_groups(worlds, steps // size, minibatches, groups, "windows")
+        acted = rollout.reward  # a stand-in that nothing reads
+        if value_clip is not None:
+            acted = network.value(state.params, mb.flat(rollout.obs)).reshape(steps, worlds)
+
+        def learn(state: State, windows: tuple[Transition, Array]) -> tuple[State, dict[str, Array]]:
+            short, acted = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), windows)  # [W, B, ...]
+            samples = formed(state.params, short, parts)
+            state, told = minibatch(state, mb.flat(samples._replace(value=mb.grouped(acted, parts))))
+            return state, {**told, "explained_variance": explained(samples)}
+
+        cut = mb.grouped(mb.windows((rollout, acted), size), parts)
+        return mb.scan_epochs(learn, state, cut, key, epochs, minibatches)
+
+    learners = dict(zip(ADVANTAGES, (each_rollout, each_epoch, each_minibatch), strict=True))
+
+    def update(state: State, rollout: Transition, key: Array) -> tuple[State, dict[str, Array]]:
+        state, told = learners[advantages](state, rollout, key)
         metrics = jax.tree.map(jnp.mean, told)
-        metrics["explained_variance"] = 1 - jnp.var(samples.target - samples.value) / (jnp.var(samples.target) + 1e-8)
         if kl_target is not None:
             kl = told["kl"][-1].mean()
             factor = jnp.where(kl > 1.5 * kl_target, 2.0, jnp.where(kl < kl_target / 1.5, 0.5, 1.0))
@@ -144,7 +187,10 @@ def ppo(
             metrics["beta"] = state.beta
         return state, metrics
 
-    def advantages(params: Any, rollout: Transition, parts: int) -> Samples:
+    def explained(samples: Samples) -> Array:
+        return 1 - jnp.var(samples.target - samples.value) / (jnp.var(samples.target) + 1e-8)
+
+    def formed(params: Any, rollout: Transition, parts: int) -> Samples:
         """[G, M] of a rollout [T, N], by the values of `params`."""
         steps = rollout.reward.shape[0]
         obs, raw, outputs = mb.grouped((rollout.obs, rollout.info["raw"], rollout.info["outputs"]), parts)

@@ -6,7 +6,8 @@
     python -m experiments.autoencoder --workdir=runs/autoencoder/digits --mode=eval
 
 L1, LPIPS (where its weights are given), the divergence of the latents or the commitment to their codes, and from
-`loss.adversarial_start` on a patch critic, weighted so that both gradients are alike at the decoder's last layer.
+`loss.adversarial_start` on a patch critic, weighted so that both gradients are alike at the decoder's last layer; the
+critic begins to learn `loss.critic_lead` updates before that.
 
 train: checkpoints, metrics.jsonl, TensorBoard, then reconstructions.png (images above what comes back), loss.png and
 eval.json with PSNR, SSIM, LPIPS and the Fréchet distance of held-out images.
@@ -32,7 +33,14 @@ def digits() -> Config:
     return Config(
         data=DataConfig(name="digits"),
         autoencoder=AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent=2, groups=8),
-        loss=LossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=600, critic_channels=32, critic_strided=1),
+        loss=LossConfig(
+            perceptual=0.0,
+            adversarial=0.1,
+            adversarial_start=600,
+            critic_lead=400,
+            critic_channels=32,
+            critic_strided=1,
+        ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=50, schedule="cosine", b2=0.99),
         train=TrainConfig(steps=1200, ema_decay=0.995, sample_every=300, checkpoint_every=300),
         eval=JudgeConfig(samples=359),
@@ -51,7 +59,7 @@ def mnist() -> Config:
     return Config(
         data=DataConfig(name="mnist", image_size=32),
         autoencoder=AutoencoderConfig(channels=16, multipliers=(1, 2, 4), blocks=1, latent=3, groups=8),
-        loss=LossConfig(adversarial_start=1000, critic_channels=32, critic_strided=2),
+        loss=LossConfig(adversarial_start=1000, critic_lead=500, critic_channels=32, critic_strided=2),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, schedule="cosine", b2=0.99),
         train=TrainConfig(steps=2000, batch_size=64, ema_decay=0.998, sample_every=500, checkpoint_every=500),
         eval=JudgeConfig(samples=2000),
@@ -63,7 +71,7 @@ def cifar10() -> Config:
     return Config(
         data=DataConfig(name="cifar10", flip=True),
         autoencoder=AutoencoderConfig(channels=64, multipliers=(1, 2, 4), latent=4, dtype="bfloat16"),
-        loss=LossConfig(adversarial_start=20_000, critic_strided=2),
+        loss=LossConfig(adversarial_start=20_000, critic_lead=10_000, critic_strided=2),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=1000, schedule="cosine", b1=0.5, b2=0.9),
         train=TrainConfig(steps=60_000, batch_size=128, ema_decay=0.999, sample_every=5000, checkpoint_every=5000),
         eval=JudgeConfig(judge="resnet"),

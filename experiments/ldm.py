@@ -69,7 +69,14 @@ def digits() -> Config:
         train=TrainConfig(steps=1500, ema_decay=0.995, sample_every=500, checkpoint_every=500),
         sample=SampleConfig(guidance=1.5),
         eval=EvalConfig(samples=359),
-        loss=LossConfig(perceptual=0.0, adversarial=0.1, adversarial_start=200, critic_channels=32, critic_strided=1),
+        loss=LossConfig(
+            perceptual=0.0,
+            adversarial=0.1,
+            adversarial_start=200,
+            critic_lead=100,
+            critic_channels=32,
+            critic_strided=1,
+        ),
     )
 
 
@@ -81,7 +88,9 @@ def mnist() -> Config:
     config.train = TrainConfig(steps=4000, ema_decay=0.999, sample_every=1000, checkpoint_every=1000)
     config.eval = EvalConfig(samples=2000)
     config.compression = CompressionConfig(steps=1500, diffusion_steps=3000)
-    config.loss = LossConfig(adversarial=0.1, adversarial_start=750, critic_channels=32, critic_strided=2)
+    config.loss = LossConfig(
+        adversarial=0.1, adversarial_start=750, critic_lead=400, critic_channels=32, critic_strided=2
+    )
     return config
 
 
@@ -99,7 +108,7 @@ def cifar10() -> Config:
         sample=SampleConfig(guidance=1.5),
         eval=EvalConfig(judge="resnet"),
         compression=CompressionConfig(width=64, steps=30_000, diffusion_steps=60_000),
-        loss=LossConfig(adversarial_start=15_000, critic_strided=2),
+        loss=LossConfig(adversarial_start=15_000, critic_lead=7500, critic_strided=2),
     )
 
 

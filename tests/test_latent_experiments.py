@@ -81,23 +81,30 @@ def test_an_autoencoder_leaves_what_a_user_looks_for(coded, kind):
     assert ("perplexity" in scores) == (kind == "vq")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_the_critic_has_no_say_before_its_start(coded):
     lines = [json.loads(line) for line in (coded["kl"] / "metrics.jsonl").read_text().splitlines()]
     assert lines, "metrics are written at the end of a run"
-    # A fresh run that stops at the start: the critic's parameters have not moved, those of the autoencoder have.
+    # It starts at 3 and learns one update longer: before that its parameters do not move, those of the autoencoder do.
     opened = session(coded["kl"])
+    opened.config.loss.critic_lead = 1
     fresh = autoencoding.initial_state(opened)
     loss = autoencoding.make_loss(opened.config, opened.model)
     batch = {"x": jnp.asarray(to_unit(opened.source.fetch(np.arange(8))["x"]))}
     keys = jax.random.split(jax.random.key(0), 8)
-    for step, moves in ((2, False), (3, True)):
+    for step, learns, says in ((1, False, False), (2, True, False), (3, True, True)):
         at = fresh._replace(step=jnp.asarray(step))
-        grads = jax.jit(jax.grad(lambda params, at=at: loss(params, at, batch, keys)[0]))(fresh.params)
-        assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["critic"])) == moves
+        value = jax.grad(
+            lambda params, at=at: (lambda out: (out[0], out[1].metrics))(loss(params, at, batch, keys)), has_aux=True
+        )
+        grads, told = jax.jit(value)(fresh.params)
+        assert any(jnp.abs(leaf).max() > 0 for leaf in jax.tree.leaves(grads["critic"])) == learns
+        assert (told["adversarial_weight"] > 0) == says
         assert max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(grads["autoencoder"])) > 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_an_interrupted_autoencoder_ends_as_an_uninterrupted_one(coded, tmp_path):
     """The codebook in `extra` comes back, too."""
@@ -191,12 +198,14 @@ def test_wrong_models_are_named(tmp_path):
         run(ldm, tmp_path / "run", "--config.latents.model=")
 
 
+@pytest.mark.long
 def test_dit_in_latents(coded, tmp_path):
     flags = [f"--config.latents.model={coded['vq']}", "--config.dit.patch=1"]
     run(dit, tmp_path, *flags, *DIFFUSION, "--config.train.steps=2")
     assert json.loads((tmp_path / "eval.json").read_text())["step"] == 2
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_scaling(tmp_path, capsys):
     flags = ["--config.scaling.widths=(8,16)", "--config.scaling.depths=(1,2)", "--config.scaling.heads=(2,2)"]
@@ -214,6 +223,7 @@ def test_scaling(tmp_path, capsys):
         run(dit, tmp_path, *flags, "--config.scaling.heads=(2,)", "--accept_changes", makers=("scaling",))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_compression(tmp_path):
     flags = [
@@ -237,6 +247,7 @@ def test_compression(tmp_path):
     assert len((tmp_path / "compression.md").read_text().splitlines()) == 3
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_averages_of_any_width_after_training(tmp_path, capsys):
     """Snapshots are kept on the way; afterwards a width that was stored is the state's own average of that width."""

@@ -67,6 +67,7 @@ class LossConfig:
     lpips_weights: tuple[str, ...] = leaf((), ".npz files of LPIPS on AlexNet; () = no perceptual loss", free=True)
     adversarial: float = leaf(0.5, "weight of the critic in units of the measured balance; 0 = none", at_least=0)
     adversarial_start: int = leaf(50_000, "updates before the critic has a say", at_least=0)
+    critic_lead: int = leaf(0, "updates that the critic learns before it has a say", at_least=0)
     critic_channels: int = leaf(64, at_least=1)
     critic_strided: int = leaf(3, "strided convolutions: 3 see 70x70 pixels", at_least=1)
 
@@ -204,14 +205,19 @@ def make_loss(config: Config, model: Model) -> Callable:
             image = last(kernel, features)
             value = reconstruction(image)
         else:
-            on = (current.step >= weights.adversarial_start).astype(jnp.float32)
+            on, learns = (
+                (current.step >= weights.adversarial_start - lead).astype(jnp.float32)
+                for lead in (0, weights.critic_lead)
+            )
             verdict = _critic(model, params)
             image, parts = adversarial.balanced(
                 last, kernel, features, reconstruction, lambda image: -verdict(image).mean(), weights.adversarial * on
             )
-            critic = adversarial.hinge(verdict(x), verdict(jax.lax.stop_gradient(image)))
-            value = parts.loss + on * critic
+            real, fake = verdict(x), verdict(jax.lax.stop_gradient(image))
+            critic = adversarial.hinge(real, fake)
+            value = parts.loss + learns * critic
             metrics |= {"critic": critic, "adversary": parts.adversary, "adversarial_weight": parts.weight}
+            metrics |= {"critic_real": real.mean(), "critic_fake": fake.mean()}
         shown = jax.lax.stop_gradient(jnp.clip(image, -1, 1))
         metrics |= {"pixel": jnp.abs(shown - x).mean(), "psnr": similarity.psnr(shown, x).mean()}
         return value + code_loss, Aux(metrics, extra)

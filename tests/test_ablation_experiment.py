@@ -30,6 +30,7 @@ def ablate(workdir, *flags):
     return json.loads((workdir / "results.json").read_text())
 
 
+@pytest.mark.long
 def test_compute_is_equal_and_a_second_run_needs_nothing_but_the_results(tmp_path):
     flags = ["--config.base_steps=2", "--config.seeds=1", "--config.variants=('base','one level less')"]
     rows = ablate(tmp_path, *flags)

@@ -56,6 +56,7 @@ def test_tables_pictures_and_known_pixels(tmp_path, capsys):
     assert {"table.md", "middle_hidden.png", "2_times_smaller.png", "sdedit.png"} <= names
 
 
+@pytest.mark.long
 def test_with_the_model_of_another_run(tmp_path):
     """A conditional one, asked without a label."""
     flags = [f"--config.{flag}" for flag in [*TRAINING, "eval.judge=none", "train.sample_every=0"]]
@@ -70,6 +71,7 @@ def test_with_the_model_of_another_run(tmp_path):
     assert "PiGDM" in (tmp_path / "editing" / "table.md").read_text()
 
 
+@pytest.mark.long
 def test_lpips_with_the_published_weights(tmp_path, data_dir):
     faces, weights = (
         data_dir / "faces" / "olivetti_64x64.npz",

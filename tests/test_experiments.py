@@ -61,6 +61,7 @@ def test_a_run_leaves_what_a_user_looks_for(trained):
     assert scores["frechet"] > scores["frechet_real"] > 0  # six steps of a tiny network are no digits yet
 
 
+@pytest.mark.long
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(trained, tmp_path):
     run(tmp_path, *TINY, "--config.train.steps=3")
     run(tmp_path, *TINY, "--config.train.steps=6")
@@ -89,6 +90,7 @@ def test_sample_mode_draws_what_was_asked(trained):
     assert np.abs(again - made["x"]).max() <= 1  # sample i does not depend on the batch it is drawn in
 
 
+@pytest.mark.long
 def test_eval_mode_measures_bits_per_dim(trained, capsys):
     run(trained, "--mode=eval", "--config.eval.nll_images=4", "--config.eval.nll_steps=3")
     scores = json.loads((trained / "eval.json").read_text())
@@ -118,6 +120,7 @@ def test_pictures_have_a_limit_and_files_have_not():
     np.testing.assert_array_equal(np.unique(shown, return_counts=True)[1], [image_runs.COLUMNS] * image_runs.ROWS)
 
 
+@pytest.mark.long
 def test_learned_variance_on_unlabelled_images(tmp_path):
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "noise.npz", x=rng.integers(0, 256, (40, 8, 8, 3), dtype=np.uint8))

@@ -59,6 +59,7 @@ def test_diffuser_leaves_scores_curve_pictures_and_the_best_checkpoint(planned):
     assert "diffrl" in facts["made_by"]
 
 
+@pytest.mark.long
 def test_more_steps_go_on_and_other_plans_need_no_training(planned, capsys):
     before = json.loads((planned / "curve.json").read_text())
     run(diffuser, planned, "--config.train.steps=12", "--config.train.sample_every=4")
@@ -164,6 +165,7 @@ def test_windows_are_cut_at_the_goal_or_not(planned):
     assert few < many
 
 
+@pytest.mark.long
 def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
     run(
         decision_diffuser, tmp_path, "--config.train.steps=4", "--config.train.sample_every=2",

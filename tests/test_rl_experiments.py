@@ -61,6 +61,7 @@ def test_a_resumed_run_is_the_same_run(trained, tmp_path):
         assert a == b
 
 
+@pytest.mark.long
 def test_a2c_and_dqn(tmp_path):
     run(a2c, tmp_path / "a2c", *FEW, *ONE, *TINY, "--config.run.steps=1024", "--config.world.name=acrobot")
     assert json.loads((tmp_path / "a2c" / "results.json").read_text())["returns"] == pytest.approx(
@@ -81,6 +82,7 @@ def test_a2c_and_dqn(tmp_path):
     assert {"curve.png", "results.json", "video.gif"} <= names(tmp_path / "dqn")
 
 
+@pytest.mark.long
 def test_contests_end_with_one_plot_and_one_table(tmp_path):
     flags = [*FEW, *ONE, *TINY, "--config.run.steps=512", "--config.run.video=False"]
     run(reinforce, tmp_path / "r", *flags, "--config.reinforce.unroll=32")

@@ -36,6 +36,7 @@ def run(workdir, *flags):
     config_lib.run(samplers.main, samplers.PRESETS, argv=[f"--workdir={workdir}", *flags])
 
 
+@pytest.mark.long
 def test_quality_is_measured_once_and_a_trained_model_is_taken(tmp_path, capsys, monkeypatch):
     workdir = tmp_path / "run"
 

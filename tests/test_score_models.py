@@ -23,6 +23,7 @@ def run(experiment, workdir, *flags):
     config_lib.run(experiment.main, experiment.PRESETS, argv=[f"--workdir={workdir}", *flags])
 
 
+@pytest.mark.long
 def test_fields_are_learned_once(tmp_path, capsys):
     run(score_matching, tmp_path, *FIELDS)
     (path,) = (tmp_path / "runs").iterdir()
@@ -35,6 +36,7 @@ def test_fields_are_learned_once(tmp_path, capsys):
     assert f"everything lies in {tmp_path}" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_few_step_models_are_scored_beside_their_teacher(tmp_path):
     run(distillation, tmp_path, *FEW)
     rows = json.loads((tmp_path / "results.json").read_text())

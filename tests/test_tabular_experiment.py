@@ -14,6 +14,7 @@ def run(workdir, *flags):
     config_lib.run(tabular.main, tabular.PRESETS, argv=[f"--workdir={workdir}", *SMALL, *flags])
 
 
+@pytest.mark.long
 def test_ends_with_pictures_and_a_table(tmp_path, capsys):
     run(tmp_path, "--config.learners=('Q-learning','Monte Carlo')")
     assert {"optimal.png", "learning.png", "exploration.png", "table.md"} <= {path.name for path in tmp_path.iterdir()}

@@ -58,6 +58,7 @@ def test_the_last_layer_is_all_that_is_left_after_the_features():
     )
 
 
+@pytest.mark.long
 def test_remat_changes_nothing():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 8, 8, 1)), jnp.float32)
     nets = [Autoencoder(image_channels=1, remat=remat, **SMALL) for remat in (False, True)]
@@ -73,6 +74,7 @@ def test_wrong_sizes_are_named():
         Autoencoder(**{**SMALL, "groups": 3}).init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
 
 
+@pytest.mark.long
 def test_a_verdict_sees_seventy_pixels():
     """The receptive field of the paper's critic, read off its gradient; what the norms let through is far smaller."""
     critic = PatchGAN(channels=4, groups=1)

@@ -123,6 +123,7 @@ def test_bfloat16_is_close_to_float32(tiny):
     assert 0 < float(jnp.abs(half - exact).max()) < 0.05 * float(jnp.abs(exact).max())
 
 
+@pytest.mark.long
 def test_remat_gives_the_same_parameters_and_gradients():
     plain, remat = UNet(**TINY), UNet(**TINY, remat=True)
     variables, (x, t) = random_variables(plain, (4,)), batch((4,), size=4)

@@ -132,6 +132,7 @@ def test_waypoints_by_hand():
     np.testing.assert_allclose(act(plan, 1, obs)[0], [10 * (5 - 0.5) / 2, 10 * (6 - 0.5) / 2])
 
 
+@pytest.mark.long
 def test_one_program_is_the_same_as_step_by_step():
     """A real maze, planning every 3 steps; jit against no jit."""
     env = maze2d.make(mazes.standard("umaze"), 10)

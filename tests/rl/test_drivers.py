@@ -87,6 +87,7 @@ def test_jit_equals_no_jit_and_one_scan_equals_single_steps(make):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 @DRIVERS
 def test_seeds_are_independent_runs(make):
     """Run i of three is what a driver alone makes from fold_in(key, i)."""

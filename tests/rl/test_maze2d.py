@@ -163,6 +163,7 @@ def test_values_agree_with_the_tabular_solver():
     np.testing.assert_allclose(value[chosen[free]], value[to].max(1)[free])
 
 
+@pytest.mark.long
 def test_random_goals_and_rewards():
     maze = mazes.standard("umaze")
     env = maze2d.make(maze, 300, random_goal=True)

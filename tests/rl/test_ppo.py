@@ -125,9 +125,9 @@ def test_advantages_of_minibatches_are_those_of_windows(window):
 def test_windows_that_do_not_fit_are_named():
     settings = {"network": linear_critic(4, 3), "distribution": distributions.normal(BOX)}
     optimizer = optax.sgd(0.1)
-    with pytest.raises(UserError, match="advantages='never'.*minibatch"):
+    with pytest.raises(UserError, match=r"advantages=.never.*minibatch"):
         ppo(**settings, optimizer=optimizer, advantages="never")
-    with pytest.raises(UserError, match="window=4.*advantages='minibatch'"):
+    with pytest.raises(UserError, match=r"window=4.*advantages=.minibatch"):
         ppo(**settings, optimizer=optimizer, window=4)
     for window, minibatches, words in ((5, 1, "window=5: rollouts of 12 steps"), (6, 16, "2 windows of 4 worlds")):
         agent = ppo(**settings, optimizer=optimizer, advantages="minibatch", window=window, minibatches=minibatches)

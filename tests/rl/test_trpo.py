@@ -193,6 +193,7 @@ def test_it_walks_down_a_corridor_and_knows_how_far_it_is():
     assert float(metrics["kl"].max()) <= 0.01
 
 
+@pytest.mark.long
 def test_seeds_side_by_side_learn_as_alone():
     """A population's first seed, within a scan, and the same run for itself."""
     dist = distributions.categorical(3)

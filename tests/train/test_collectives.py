@@ -63,6 +63,7 @@ def test_all_three_together():
     assert total(found, "all-gather") < 2 * size_of(params)
 
 
+@pytest.mark.long
 def test_the_unet_sends_parameters_only():
     found, params = found_on((1, 8, 1), UNET)
     assert {each.kind for each in found} == {"all-reduce", "all-gather"}
@@ -77,6 +78,7 @@ def test_microbatches_gather_each_time_and_keep_their_samples():
     assert total(once, "all-gather") < total(twice, "all-gather") <= 2 * total(once, "all-gather")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_state_of_675_million_fits_eighths(dtype):
     """DiT-XL/2 on 8 devices, one sample each, compiled and never run: an eighth of the state, no more than a quarter of

@@ -72,6 +72,7 @@ def whole(tmp_path_factory):
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signals", [(KILL, TERM, KILL), pytest.param((KILL,) * 12, marks=pytest.mark.slow)])
 def test_interrupted_runs_end_the_same(tmp_path, whole, signals):
     rng = random.Random(0)

@@ -123,6 +123,7 @@ def test_weights_sum_to_one():
             assert post_hoc.mixture(stored, (end, width)).sum() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.long
 def test_the_same_on_a_mesh_and_under_jit():
     """Averages lie as their parameters do, and are those of one device."""
     found = []

@@ -51,6 +51,7 @@ def wait(processes):
     return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
 
 
+@pytest.mark.long
 def test_two_processes_equal_one(tmp_path):
     endless = start(tmp_path, 1_000_000)
     for process in endless:

@@ -119,7 +119,7 @@ def trained(net, sizes, accumulate=1, steps=4):
 
 
 @pytest.mark.parametrize("sizes", MESHES)
-@pytest.mark.parametrize("net", [DIT, UNET], ids=["dit", "unet"])
+@pytest.mark.parametrize("net", [DIT, pytest.param(UNET, marks=pytest.mark.long)], ids=["dit", "unet"])
 def test_same_training_on_every_mesh(net, sizes):
     alone = trained(net, (1, 1, 1))
     moved = [np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (alone[0].params, params(net))), strict=True)]
@@ -127,11 +127,13 @@ def test_same_training_on_every_mesh(net, sizes):
     toy.assert_close(trained(net, sizes), alone, 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_same_training_from_microbatches(sizes):
     toy.assert_close(trained(DIT, sizes, accumulate=2), trained(DIT, (1, 1, 1)), 1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 def test_a_state_made_in_parts_is_the_whole_one(impl):
     def make():

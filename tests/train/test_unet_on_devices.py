@@ -88,7 +88,7 @@ def alone():
     ("n", "form"),
     [
         (8, by_jit),
-        (2, mesh.shard_map_step),
+        pytest.param(2, mesh.shard_map_step, marks=pytest.mark.long),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, by_jit), (4, by_jit), (8, mesh.pmap_step))),
     ],
 )

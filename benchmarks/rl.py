@@ -196,29 +196,55 @@ def table(title: str, steps: int, rows: dict[str, tuple[list[float], float]]) ->
         )
 
 
-def cartpole(
-    seeds: int, num: int = 8, unroll: int = 128, minibatches: int = 4
-) -> tuple[Any, Callable[[], None], float]:
-    """(driver, ten updates of `experiments.ppo` on CartPole in these sizes, seconds of compilation)."""
-    import jax
-
+def ppo_run(num: int = 8, unroll: int = 128, minibatches: int = 4) -> Any:
+    """The driver of `experiments.ppo` on CartPole in these sizes."""
     from diffrl.recipes import worlds
-    from diffrl.rl import driver
     from diffrl.rl.on_policy import on_policy
     from experiments import ppo
 
     config = ppo.Config()
     config.world.num, config.ppo.unroll, config.ppo.minibatches = num, unroll, minibatches
     env = worlds.vector(config.world, num)
-    run = on_policy(env, ppo.build(config, env), unroll)
+    return on_policy(env, ppo.build(config, env), unroll)
+
+
+def a2c_run() -> Any:
+    """The driver of `experiments.a2c`'s default."""
+    from diffrl.recipes import worlds
+    from diffrl.rl.on_policy import on_policy
+    from experiments import a2c
+
+    config = a2c.Config()
+    env = worlds.vector(config.world, config.world.num, reward_scale=config.a2c.reward_scale)
+    return on_policy(env, a2c.build(config, env), config.a2c.unroll)
+
+
+def dqn_run() -> Any:
+    """The driver of `experiments.dqn`'s default."""
+    from diffrl.recipes import worlds
+    from diffrl.rl import driver
+    from experiments import dqn
+
+    config = dqn.Config()
+    env = worlds.vector(config.world, config.world.num)
+    return dqn.driver(config, env, dqn.build(config, env), driver.whole)
+
+
+def ready(run: Any, seeds: int, updates: int) -> tuple[Callable[[], None], float]:
+    """(so many updates of a driver, or of many seeds of it; seconds of compilation)."""
+    import jax
+
+    from diffrl.rl import driver
+
     run = driver.seeds(run, seeds) if seeds > 1 else run
     state = jax.jit(run.init)(jax.random.key(0))
-    program, seconds = compiled(jax.jit(driver.repeat(run.step, 10)), state, None)
+    program, seconds = compiled(jax.jit(driver.repeat(run.step, updates)), state, None)
+    state, _ = program(state, None)  # a replay buffer is filled before anything is learnt
 
     def ours() -> None:
         jax.block_until_ready(program(state, None))
 
-    return run, ours, seconds
+    return ours, seconds
 
 
 def in_turns(programs: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
@@ -242,7 +268,8 @@ def against_sb3(repeats: int) -> None:
 def _against_sb3(repeats: int, num: int, unroll: int, minibatches: int) -> None:
     import stable_baselines3 as sb3
 
-    run, ours, seconds = cartpole(1, num, unroll, minibatches)
+    run = ppo_run(num, unroll, minibatches)
+    ours, seconds = ready(run, 1, 10)
     model = sb3.PPO(
         "MlpPolicy", sb3.common.env_util.make_vec_env("CartPole-v1", num), n_steps=unroll,
         batch_size=num * unroll // minibatches, n_epochs=10, learning_rate=1e-3, device="cpu", verbose=0,
@@ -259,13 +286,21 @@ def _against_sb3(repeats: int, num: int, unroll: int, minibatches: int) -> None:
 
 
 def many_seeds(repeats: int, num: int) -> None:
-    """Steps/s are those of one seed."""
-    run, one, first = cartpole(1)
-    _, all_of_them, second = cartpole(num)
-    times = in_turns({"1": one, "all": all_of_them}, repeats)
-    table(f"PPO on CartPole, one seed and {num} in one program", 10 * run.env_steps, {
-        "1 seed": (times["1"], first), f"{num} seeds": (times["all"], second),
-    })  # fmt: skip
+    """Of each agent on CartPole, in its experiment's own sizes.  Steps/s are those of one seed."""
+    runs: dict[str, tuple[Callable[[], Any], int]] = {
+        "PPO": (ppo_run, 10),
+        "PPO, one world of 2048 steps, 32 minibatches": (lambda: ppo_run(1, 2048, 32), 2),
+        "A2C": (a2c_run, 500),
+        "DQN": (dqn_run, 1000),
+    }
+    for name, (make, updates) in runs.items():
+        run = make()
+        one, first = ready(run, 1, updates)
+        all_of_them, second = ready(run, num, updates)
+        times = in_turns({"1": one, "all": all_of_them}, repeats)
+        table(f"{name} on CartPole, one seed and {num} in one program", updates * run.env_steps, {
+            "1 seed": (times["1"], first), f"{num} seeds": (times["all"], second),
+        })  # fmt: skip
 
 
 def parts(repeats: int) -> None:

@@ -1,6 +1,7 @@
 """experiments.diffuser, decision_diffuser and replanning as a user runs them, tiny: files, resuming, refusals."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -100,8 +101,8 @@ def test_a_maze_of_ones_own(tmp_path):
         (["--config.plan.sampler=dim"], "ddim"),
         (["--config.task.reward=dence"], "sparse or dense"),
         (["--config.diffusion.learned_variance=True"], "learned_variance"),
-        (["--preset=hopper", "--config.task.actors="], "task.actors"),
-        (["--preset=hopper", "--config.task.quality=best"], "medium"),
+        (["--preset=hopper", "--config.task.steps=0", "--config.task.actors="], "task.actors"),
+        (["--preset=hopper", "--config.task.steps=0", "--config.task.quality=best"], "medium"),
         (["--config.task.robot=hoper"], "hopper"),
         (["--config.task.start=(1,0)"], "start=(1, 0) lies in a wall"),
         (["--config.task.start=(1,)"], "give x and y"),
@@ -147,7 +148,16 @@ def test_demonstrations_of_something_else_are_refused(planned, tmp_path, capsys)
     refused(diffuser, tmp_path, ["--config.task.transitions=500"], "transitions=6000, not 500", capsys)
     file = f"--config.task.file={tmp_path / 'demonstrations.npz'}"
     refused(diffuser, tmp_path / "other", [file, "--config.task.maze=large"], "not in free cells of large", capsys)
-    refused(diffuser, tmp_path / "robot", [file, "--config.task.robot=hopper"], "hopper has 11 and 3", capsys)
+    robot = [file, "--config.task.robot=hopper"]
+    refused(
+        diffuser,
+        tmp_path / "robot",
+        ["--preset=hopper", *robot, "--config.task.steps=0"],
+        "hopper has 11 and 3",
+        capsys,
+    )
+    refused(diffuser, tmp_path / "robot", robot, "task.steps=40: a robot has no such thing", capsys)
+    refused(diffuser, tmp_path / "maze", ["--config.task.quality=expert"], "task.quality=expert: a maze has", capsys)
 
 
 def test_windows_are_cut_at_the_goal_or_not(planned):
@@ -163,6 +173,17 @@ def test_windows_are_cut_at_the_goal_or_not(planned):
     assert all_of_them == 1
     assert chance < 0.1
     assert few < many
+
+
+def test_a_fall_costs_what_the_value_is_told():
+    """An episode that falls in its third step and one that is cut there, rewards of 1."""
+    nothing, falls = np.zeros((6, 1), np.float32), np.arange(6) == 2
+    steps = trajectories.Transitions(nothing, nothing, np.ones(6, np.float32), falls, np.arange(6) == 5)
+    task = types.SimpleNamespace(transitions=steps, paths=trajectories.paths(steps.terminals | steps.timeouts))
+    for penalty in (0.0, 10.0):
+        wanted = np.array([3, 2, 1, 3, 2, 1]) - penalty * (np.arange(6) < 3)
+        found = tasks.scaled_returns(task, 1.0, penalty)
+        np.testing.assert_allclose(found, (wanted - wanted.mean()) / wanted.std(), rtol=1e-5)
 
 
 @pytest.mark.long
@@ -191,7 +212,7 @@ def test_robots_plan_from_a_file_and_walk(experiment, tmp_path):
     run(
         experiment, tmp_path / "run", "--preset=hopper", f"--config.task.file={file}", "--config.train.steps=2",
         "--config.value.multipliers=(1,)" * (experiment is diffuser), "--config.eval.episodes=2",
-        "--config.diffusion.table_steps=4",
+        "--config.diffusion.table_steps=4", tiny=[flag for flag in TINY if "task.steps" not in flag],
     )  # fmt: skip
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     (name,) = (name for name in scores if "step 2" in name)

@@ -92,6 +92,7 @@ class ValueConfig:
 
     train: bool = leaf(False, "train a value beside the plans; where there is no goal it is what they are for")
     discount: float = leaf(0.99, "of the returns that it learns", above=0, at_most=1)
+    penalty: float = leaf(0.0, "what a termination, a fall, takes from the return: 100 in the paper's code", at_least=0)
     multipliers: tuple[int, ...] = leaf((1, 2, 4), "width of each level, in units of net.channels", at_least=1)
     scale: float = leaf(
         0.1,

@@ -14,7 +14,7 @@ from diffrl.planning import policies
 from diffrl.recipes import closed_loop, planning
 from diffrl.recipes.planners import PlanConfig, check_every
 from diffrl.recipes.planning import Session
-from diffrl.recipes.tasks import TaskConfig, kept
+from diffrl.recipes.tasks import TaskConfig, check_fields, kept
 from diffrl.rl import locomotion
 from diffrl.rl.environment import State
 
@@ -42,10 +42,11 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int) -> RobotTask
     """Demonstrations that a file holds, or that are made with the actors' weights.
 
     Raises:
-        UserError: an unknown robot or quality, neither a file nor actors, demonstrations of something else, or what
-            the files find wrong.
+        UserError: an unknown robot or quality, fields that are for mazes only, neither a file nor actors,
+            demonstrations of something else, or what the files find wrong.
     """
     world = locomotion.named(config.robot)
+    check_fields(config)
     path = workdir / "demonstrations.npz"
     label = f"ours-{config.robot}-{config.quality}"
     count = config.transitions or TRANSITIONS

@@ -59,6 +59,22 @@ class TaskConfig:
     actors: str = leaf("", "the .npz of trained actors that make a robot's demonstrations", free=True)
 
 
+MAZES_ALONE = ("maze", "random_goal", "start", "reward", "steps", "cut_at_goal")
+ROBOTS_ALONE = ("quality", "actors")
+
+
+def check_fields(config: TaskConfig) -> None:
+    """Raises UserError for a field that says nothing about the kind of task that a config names."""
+    others, kind, hint = ROBOTS_ALONE, "a maze", ""
+    if config.robot:
+        others, kind, hint = MAZES_ALONE, "a robot", f", and begin with --preset={config.robot}"
+    usual = TaskConfig()
+    for name in others:
+        value = getattr(config, name)
+        if value != getattr(usual, name):
+            raise UserError(f"task.{name}={value}: {kind} has no such thing; leave it out{hint}")
+
+
 class Task(NamedTuple):
     """A maze that is open for business.
 
@@ -87,8 +103,10 @@ def open_task(config: TaskConfig, workdir: pathlib.Path, seed: int = 0) -> Task:
     give the two ends of the score.
 
     Raises:
-        UserError: no such maze, or one that cannot be solved; a file that is not there or does not fit.
+        UserError: no such maze, or one that cannot be solved; fields that are for robots only; a file that is not
+            there or does not fit.
     """
+    check_fields(config)
     maze = (
         mazes.parse(config.maze.replace("/", "\n"), "task.maze") if "#" in config.maze else mazes.standard(config.maze)
     )
@@ -207,9 +225,13 @@ def make_source(task: Any, fitted: Any, config: ModelConfig, returns: Any = None
     )
 
 
-def scaled_returns(task: Any, discount: float) -> np.ndarray:
-    """Discounted returns to the end of the path [N], of mean 0 and variance 1: what a value learns."""
-    found = trajectories.returns_to_go(task.transitions.rewards, task.paths, discount)
+def scaled_returns(task: Any, discount: float, penalty: float = 0.0) -> np.ndarray:
+    """Discounted returns to the end of the path [N], of mean 0 and variance 1: what a value learns.
+
+    penalty: what a step that terminates costs.
+    """
+    rewards = task.transitions.rewards - penalty * task.transitions.terminals.astype(np.float32)
+    found = trajectories.returns_to_go(rewards, task.paths, discount)
     return (found - found.mean()) / max(float(found.std()), 1e-6)
 
 

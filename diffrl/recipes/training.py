@@ -113,4 +113,4 @@ def plot_loss(writers: Writers, path: pathlib.Path, names: Sequence[str] = ("los
         if len(points):
             curves[name] = (points[:, 0], points[:, 1])
     if curves:
-        plots.curves(path, curves, "step", "training loss" if names == ("loss",) else "", log_y=log_y)
+        plots.curves(path, curves, "step", "training loss" if names == ("loss",) else "training losses", log_y=log_y)

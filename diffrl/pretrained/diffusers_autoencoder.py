@@ -20,6 +20,7 @@ import numpy as np
 
 from diffrl.errors import UserError
 from diffrl.nets.autoencoder import Autoencoder
+from diffrl.pretrained.diffusers_blocks import MODULES, block
 from diffrl.pretrained.weights import Reader, Weights, fill, kind, modern, open_folder, renamed
 
 # Options of diffusers, and the values at which both are the same network.
@@ -31,18 +32,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "latents_std": (None,),
 }
 BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "UpDecoderBlock2D", "AttnUpDecoderBlock2D")
-MODULES = {
-    "conv_in": "conv_in",
-    "norm_out": "conv_norm_out",
-    "conv_out": "conv_out",
-    "norm_0": "norm1",
-    "conv_0": "conv1",
-    "norm_1": "norm2",
-    "conv_1": "conv2",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "out": "to_out.0",
-}
 OUTSIDE = {"project_in": "quant_conv", "project_out": "post_quant_conv", "conv_out": "decoder.conv_out"}
 
 
@@ -127,7 +116,9 @@ def from_config(config: Mapping[str, Any]) -> Autoencoder:
 def _half(reader: Reader, half: str, inner: list[str], end: str, shape: tuple[int, ...], levels: int) -> np.ndarray:
     """A parameter of the encoder or the decoder."""
     place, *rest = inner
-    prefix = ".".join((half, _place(place, levels)))
+    prefix = ".".join((half, block(place, levels) or MODULES[place]))
+    if place.endswith("_resample"):
+        prefix += ".conv"
     names = ["to_q", "to_k", "to_v"] if rest == ["qkv"] else [".".join(MODULES[name] for name in rest)]
     sources = [".".join(filter(None, (prefix, name, end))) for name in names]
     return _heads(reader, sources, shape) if rest == ["qkv"] else reader.fit(sources, shape)
@@ -137,24 +128,6 @@ def _heads(reader: Reader, sources: list[str], shape: tuple[int, ...]) -> np.nda
     """Three projections, which files from before diffusers 0.15 keep as linear maps or convolutions of width 1."""
     inputs, heads = shape[:-3], shape[-2:]
     return np.stack([reader.fit(name, (*inputs, *heads)) for name in sources], axis=-3)
-
-
-def _place(name: str, levels: int) -> str:
-    kinds = {"block": "resnets", "attention": "attentions"}
-    match name.split("_"):
-        case ["mid", "attention"]:
-            return "mid_block.attentions.0"
-        case ["mid", "block", i]:
-            return f"mid_block.resnets.{i}"
-        case ["down", level, "resample"]:
-            return f"down_blocks.{level}.downsamplers.0.conv"
-        case ["up", level, "resample"]:
-            return f"up_blocks.{levels - 1 - int(level)}.upsamplers.0.conv"
-        case ["down", level, part, i]:
-            return f"down_blocks.{level}.{kinds[part]}.{i}"
-        case ["up", level, part, i]:
-            return f"up_blocks.{levels - 1 - int(level)}.{kinds[part]}.{i}"
-    return MODULES[name]
 
 
 def _unsupported(key: str, value: Any) -> UserError:

@@ -1,15 +1,7 @@
 """Hugging Face diffusers' `UNet2DModel` (google/ddpm-cifar10-32 and its kin) as our U-Net, name by name.
 
-    ours                                diffusers
-    down_{l}_{block,attention}_{i}      down_blocks.{l}.{resnets,attentions}.{i}
-    down_{l}_resample                   down_blocks.{l}.downsamplers.0
-    mid_block_{i}, mid_attention        mid_block.resnets.{i}, mid_block.attentions.0
-    up_{l}_{block,attention}_{i}        up_blocks.{L-1-l}.{resnets,attentions}.{i}
-    up_{l}_resample                     up_blocks.{L-1-l}.upsamplers.0
-    qkv                                 to_q, to_k, to_v
-
-and `MODULES` for the rest.  Both of our ways count levels from the finest.  The published networks take
-t = n - 1 in 0 ... 999 for step n.
+Blocks are called as `diffusers_blocks` says, `qkv` is to_q, to_k and to_v, and `MODULES` has the rest.  The published
+networks take t = n - 1 in 0 ... 999 for step n.
 """
 
 import pathlib
@@ -20,6 +12,8 @@ import numpy as np
 
 from diffrl.errors import UserError
 from diffrl.nets.unet import UNet
+from diffrl.pretrained import diffusers_blocks
+from diffrl.pretrained.diffusers_blocks import block
 from diffrl.pretrained.weights import DIFFUSERS_WEIGHTS, Reader, Weights, fill, kind, modern, open_folder, renamed
 
 WEIGHTS = DIFFUSERS_WEIGHTS  # what `load` looks for
@@ -38,22 +32,12 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_type": ("positional",),
 }
 
-MODULES = {
-    "conv_in": "conv_in",
-    "norm_out": "conv_norm_out",
-    "conv_out": "conv_out",
+MODULES = diffusers_blocks.MODULES | {
     "time_embedding": "time_embedding",
     "dense_0": "linear_1",
     "dense_1": "linear_2",
     "label_embedding": "class_embedding",
-    "norm_0": "norm1",
-    "conv_0": "conv1",
     "embedding": "time_emb_proj",
-    "norm_1": "norm2",
-    "conv_1": "conv2",
-    "shortcut": "conv_shortcut",
-    "norm": "group_norm",
-    "out": "to_out.0",
 }
 
 
@@ -160,26 +144,8 @@ def _unsupported(key: str, value: Any) -> UserError:
 def _sources(path: list[str], levels: int) -> list[str]:
     """The weights of diffusers that make up the parameter at `path`."""
     top, *inner, leaf = path
-    prefix = _prefix(top, levels)
+    prefix = block(top, levels) or MODULES[top]
     if top.endswith("_resample") and not inner:
         prefix += ".conv"
     names = ["to_q", "to_k", "to_v"] if inner == ["qkv"] else [".".join(MODULES[name] for name in inner)]
     return [".".join(filter(None, (prefix, name, kind(leaf)))) for name in names]
-
-
-def _prefix(top: str, levels: int) -> str:
-    kinds = {"block": "resnets", "attention": "attentions"}
-    match top.split("_"):
-        case ["mid", "attention"]:
-            return "mid_block.attentions.0"
-        case ["mid", "block", i]:
-            return f"mid_block.resnets.{i}"
-        case ["down", level, "resample"]:
-            return f"down_blocks.{level}.downsamplers.0"
-        case ["up", level, "resample"]:
-            return f"up_blocks.{levels - 1 - int(level)}.upsamplers.0"
-        case ["down", level, kind, i]:
-            return f"down_blocks.{level}.{kinds[kind]}.{i}"
-        case ["up", level, kind, i]:
-            return f"up_blocks.{levels - 1 - int(level)}.{kinds[kind]}.{i}"
-    return MODULES[top]

@@ -21,13 +21,14 @@ from diffrl.train.checkpoint import Checkpoints
 WORLDS, UNROLL = 16, 8
 
 
-def learner(rate=0.05):
-    agent = ppo(linear_critic(3, 2), distributions.categorical(3), optax.adam(rate), epochs=2, minibatches=2)
+def learner(rate=0.05, **settings):
+    settings = {"epochs": 2, "minibatches": 2, **settings}
+    agent = ppo(linear_critic(3, 2), distributions.categorical(3), optax.adam(rate), **settings)
     return moments.normalised(agent, jax.ShapeDtypeStruct((2,), jnp.float32))
 
 
-def on(per_shard=driver.whole):
-    return on_policy(many(noisy(), WORLDS), learner(), UNROLL, per_shard)
+def on(per_shard=driver.whole, **settings):
+    return on_policy(many(noisy(), WORLDS), learner(**settings), UNROLL, per_shard)
 
 
 def off(per_shard=driver.whole):
@@ -36,6 +37,10 @@ def off(per_shard=driver.whole):
     return off_policy(
         many(noisy(), WORLDS), agent, buffer, batch=32, unroll=4, updates=2, start=128, groups=8, per_shard=per_shard
     )
+
+
+def windows(per_shard=driver.whole):
+    return on(per_shard, advantages="minibatch", window=4)
 
 
 DRIVERS = pytest.mark.parametrize("make", [on, off], ids=["on_policy", "off_policy"])
@@ -113,7 +118,7 @@ def test_hyperparameters_may_be_a_population():
     assert 0 < moved[1] < moved[2]
 
 
-@DRIVERS
+@pytest.mark.parametrize("make", [on, off, pytest.param(windows, marks=pytest.mark.long)])
 def test_one_device_equals_eight(make):
     """The same worlds bit for bit, the same learning to rounding."""
     results = []
@@ -129,10 +134,11 @@ def test_one_device_equals_eight(make):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
-def test_eight_devices_exchange_sums_alone():
+@pytest.mark.parametrize("settings", [{}, {"advantages": "minibatch", "window": 4}], ids=["samples", "windows"])
+def test_eight_devices_exchange_sums_alone(settings):
     """Learning sums gradients over devices; no world, sample or shuffled minibatch travels."""
     grid = mesh.make_mesh()
-    run = on(mesh.per_shard(grid, WORLDS))
+    run = on(mesh.per_shard(grid, WORLDS), **settings)
     shapes = jax.eval_shape(run.init, jax.random.key(0))
     program = mesh.compile_run(driver.repeat(run.step, 1), grid, run.axes)
     text = program.lower(shapes, None).compile().as_text()

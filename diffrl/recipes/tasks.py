@@ -59,8 +59,8 @@ class TaskConfig:
     actors: str = leaf("", "the .npz of trained actors that make a robot's demonstrations", free=True)
 
 
-MAZES_ALONE = ("maze", "random_goal", "start", "reward", "steps", "cut_at_goal")
-ROBOTS_ALONE = ("quality", "actors")
+MAZES_ALONE: tuple[str, ...] = ("maze", "random_goal", "start", "reward", "steps", "cut_at_goal")
+ROBOTS_ALONE: tuple[str, ...] = ("quality", "actors")
 
 
 def check_fields(config: TaskConfig) -> None:

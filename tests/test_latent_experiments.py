@@ -263,6 +263,7 @@ def test_averages_of_any_width_after_training(tmp_path, capsys):
     assert "FD-MLP-digits" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("one_device")
 def test_a_width_without_snapshots_is_named(coded, tmp_path, capsys):
     run(dit, tmp_path, *DIFFUSION, "--config.train.steps=1")

@@ -71,6 +71,7 @@ def test_it_begins_as_nothing_and_its_blocks_as_the_identity():
     np.testing.assert_allclose(deep, shallow, rtol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_scan_and_remat_change_nothing(conditioning):
     """Unrolled blocks with their slices of the parameters, and recomputed ones: the same outputs and gradients."""

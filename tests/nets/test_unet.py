@@ -93,6 +93,7 @@ def tiny():
     return random_variables(net, (4,)), jax.jit(net.apply), *batch((4,), size=4)
 
 
+@pytest.mark.long
 def test_jit_equals_no_jit(tiny):
     variables, apply, x, t = tiny
     plain = UNet(**TINY).apply(variables, x, t, LABELS, KEYS)

@@ -80,6 +80,7 @@ def test_episode_means_are_carried_forward():
     np.testing.assert_array_equal(told["episode_return"], [np.nan, 3, 3])
 
 
+@pytest.mark.long
 @DRIVERS
 def test_jit_equals_no_jit_and_one_scan_equals_single_steps(make):
     run = make()
@@ -118,7 +119,7 @@ def test_hyperparameters_may_be_a_population():
     assert 0 < moved[1] < moved[2]
 
 
-@pytest.mark.parametrize("make", [on, off, pytest.param(windows, marks=pytest.mark.long)])
+@pytest.mark.parametrize("make", [on, *(pytest.param(make, marks=pytest.mark.long) for make in (off, windows))])
 def test_one_device_equals_eight(make):
     """The same worlds bit for bit, the same learning to rounding."""
     results = []

@@ -71,6 +71,7 @@ def test_the_unet_sends_parameters_only():
     assert 0 <= total(found, "all-reduce") - size_of(params) <= 4 * SCALARS
 
 
+@pytest.mark.long
 def test_microbatches_gather_each_time_and_keep_their_samples():
     once, twice = (found_on((1, 8, 1), accumulate=n)[0] for n in (1, 2))
     assert {each.kind for each in twice} == {"all-reduce", "all-gather"}

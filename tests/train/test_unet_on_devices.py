@@ -84,11 +84,12 @@ def alone():
     return train(1, by_jit)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("n", "form"),
     [
         (8, by_jit),
-        pytest.param(2, mesh.shard_map_step, marks=pytest.mark.long),
+        (2, mesh.shard_map_step),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, by_jit), (4, by_jit), (8, mesh.pmap_step))),
     ],
 )

@@ -89,7 +89,7 @@ class Checkpoints:
         path = self.folder / str(step)
         if step in self.steps():
             raise UserError(f"checkpoint {path} exists already: resume from it or choose another --workdir")
-        arrays = _named(jax.tree.map(_plain, state))
+        arrays = _with_content(_named(jax.tree.map(_plain, state)))
         # Orbax on a full disk strews tracebacks from its threads; this sees nearly every full disk before it does.
         if mesh.first_process_decides(lambda: self._lacks(sum(leaf.nbytes for leaf in arrays.values()))):
             raise self._failed(path, OSError("No space left on device"))
@@ -227,8 +227,12 @@ class Checkpoints:
             like,
             plain,
         )
-        restore = ocp.args.PyTreeRestore(item=_named(plain), restore_args=_named(args))
-        arrays = self._orbax.restore(path / "state", args=restore)
+        saved = _with_content(_named(plain))
+        restore_args = {name: arg for name, arg in _named(args).items() if name in saved}
+        arrays = self._orbax.restore(path / "state", args=ocp.args.PyTreeRestore(item=saved, restore_args=restore_args))
+        for name, arg in _named(args).items():
+            if name not in saved:
+                arrays[name] = jnp.zeros(arg.global_shape, arg.dtype, device=arg.sharding)
         leaves = [arrays[name] for name in _named(plain)]
         return jax.tree.map(_wrap, like, jax.tree.unflatten(jax.tree.structure(like), leaves))
 
@@ -251,6 +255,14 @@ def _named(tree):
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
     }
+
+
+def _with_content(arrays):
+    """Without arrays of no elements, which Orbax refuses; contents.json knows their shapes all the same.
+
+    A state of MuJoCo has such for the contacts of a world where nothing can touch.
+    """
+    return {name: leaf for name, leaf in arrays.items() if leaf.size}
 
 
 def _is_key(leaf):

@@ -38,6 +38,7 @@ def state_at(n):
             "keys": jax.random.split(jax.random.key(n), 4),
             "none": None,
             "flags": jnp.array([True, False]),
+            "empty": jnp.zeros((0, 3), jnp.bfloat16),  # as contacts are in a world where nothing can touch
         },
     )
 

@@ -31,14 +31,18 @@ class Writers:
             self._do(lambda: self.folder.mkdir(parents=True, exist_ok=True))
 
     def scalars(self, step, values):
-        """Appends {"step": step, **values}; what is not finite becomes null, since JSON has no such numbers."""
+        """Appends {"step": step, **values}; what is not finite becomes null, since JSON has no such numbers.
+
+        TensorBoard, which complains of them, is shown a gap.
+        """
         if not self._active:
             return
         values = {name: float(value) for name, value in values.items()}
         safe = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._do(lambda: self._append(json.dumps({"step": step, **safe})))
-        for name, value in values.items():
-            self._do(lambda: self._tensorboard().add_scalar(name, value, step))
+        for name, value in safe.items():
+            if value is not None:
+                self._do(lambda: self._tensorboard().add_scalar(name, value, step))
 
     def images(self, step, name, image):
         """Shows a uint8 image [H, W, C] in TensorBoard."""

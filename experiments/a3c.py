@@ -65,7 +65,7 @@ class Config:
 def train(config: Config, workdir: pathlib.Path) -> Result:
     """Runs the workers to the end, from the last evaluation that was saved."""
     settings, run = config.a3c, config.run
-    env = worlds.vector(config.world, run.episodes)
+    env = worlds.vector(worlds.whole(config.world), run.episodes)
     network, family = policies.actor_critic(config.net, env), policies.distribution(config.net, env)
     greedy = a2c.a2c(network, family, optax.identity())
     score = jax.jit(evaluation.evaluate(env, greedy, 10**9, run.explore))
@@ -142,7 +142,7 @@ def finish(config: Config, workdir: pathlib.Path, result: Result) -> None:
     learning_curves.plot(workdir / "curve.png", {title: curve}, title=title)
     if result.staleness.histogram.sum():
         draw_staleness(workdir / "staleness.png", result.staleness)
-    env = worlds.vector(config.world, config.run.final_episodes)
+    env = worlds.vector(worlds.whole(config.world), config.run.final_episodes)
     network, family = policies.actor_critic(config.net, env), policies.distribution(config.net, env)
     agent = a2c.a2c(network, family, optax.identity())
     state: Any = jax.tree.map(jax.numpy.asarray, result.state)

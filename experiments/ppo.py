@@ -147,9 +147,9 @@ def humanoid() -> Config:
 
 
 def playground(name: str, steps: int) -> Config:
-    """MuJoCo Playground's sizes for the suite of dm_control."""
+    """MuJoCo Playground's sizes for the suite of dm_control, which begins episodes anew for every rollout."""
     config = brax(name, steps, unroll=480, window=30, epochs=16, discount=0.995, learning_rate=1e-3, clip_norm=1e9)
-    return dataclasses.replace(config, world=WorldConfig(name=f"playground:{name}", num=2048))
+    return dataclasses.replace(config, world=WorldConfig(name=f"playground:{name}", num=2048, training_length=480))
 
 
 def build(config: Config, env: Environment) -> Agent:

@@ -179,7 +179,7 @@ def describe(session: Session, current: Any, todo: Plan) -> str:
 def evaluator(session: Session, episodes: int) -> Callable[[Any, Any], evaluation.Episodes]:
     """(agents' state, key) -> the Episodes [seeds, episodes] of worlds that training does not see."""
     config = session.world
-    env = worlds.vector(config, episodes)
+    env = worlds.vector(worlds.whole(config), episodes)
     limit = 10**9  # every world has a limit of its own
     one = evaluation.evaluate(env, session.agent, limit, session.run.explore)
     if worlds.is_host(config):

@@ -30,11 +30,15 @@ class WorldConfig:
         name: one of our own, or a library's, as in brax:ant, playground:CheetahRun, minatar:breakout,
             gymnax:Catch-bsuite, gym:LunarLander-v3, atari:pong.
         episode_length: of brax's worlds; the others know theirs.
+        training_length: where what is to be learned happens at an episode's beginning, as with a pole that falls in a
+            second and then lies there for the rest of a thousand steps, training may go back to it sooner.  The cut is
+            a truncation; evaluations have whole episodes.
     """
 
     name: str = leaf("cartpole", NAMES)
     num: int = leaf(8, "worlds side by side, of each seed", at_least=1)
     episode_length: int = leaf(1000, "steps after which brax's and playground's episodes are cut", at_least=1)
+    training_length: int = leaf(0, "steps after which training's episodes are cut; 0: as evaluation's", at_least=0)
     action_repeat: int = leaf(1, "steps that every action is held", at_least=1)
     frames: int = leaf(1, "observations stacked along the last axis", at_least=1)
     backend: str = leaf("spring", "brax's physics: spring, positional, generalized, mjx")
@@ -45,12 +49,18 @@ def is_host(config: WorldConfig) -> bool:
     return config.name.partition(":")[0] in ("gym", "atari")
 
 
+def whole(config: WorldConfig) -> WorldConfig:
+    """The same world with whole episodes, for evaluations."""
+    return dataclasses.replace(config, training_length=0)
+
+
 def on_host(config: WorldConfig) -> HostWorld:
     """One world with a state of its own, for asynchronous workers."""
+    if not is_host(config):
+        return host.from_environment(_cut(config))
+    _check_host(config)
     prefix, _, rest = config.name.partition(":")
-    if prefix == "atari":
-        return host.atari_world(rest)
-    return host.gymnasium_world(rest) if prefix == "gym" else host.from_environment(single(config))
+    return host.atari_world(rest) if prefix == "atari" else host.gymnasium_world(rest)
 
 
 def single(config: WorldConfig) -> Environment:
@@ -74,7 +84,7 @@ def single(config: WorldConfig) -> Environment:
 
 
 def vector(config: WorldConfig, num: int, discount: float | None = None, reward_scale: float = 1.0) -> Environment:
-    """`num` worlds that reset themselves and tell their returns.
+    """`num` worlds for training, that reset themselves and tell their returns.
 
     Args:
         discount: of info["discounted_return"], for agents that normalise rewards.
@@ -82,22 +92,36 @@ def vector(config: WorldConfig, num: int, discount: float | None = None, reward_
     """
     if is_host(config):
         return _host_vector(config, num, discount, reward_scale)
-    env = wrappers.monitor(single(config))
+    env = wrappers.monitor(_cut(config))
     env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
     env = wrappers.discounted_return(env, discount) if discount is not None else env
     # A simulator's reset costs as much as many steps, and lanes of a batch cannot branch around it.
     return wrappers.vectorize(wrappers.autoreset(env, keep_first=config.name.startswith(("brax:", "playground:"))), num)
 
 
+def _cut(config: WorldConfig) -> Environment:
+    """`single`, its episodes as long as training wants them."""
+    env = single(config)
+    return wrappers.time_limit(env, config.training_length) if config.training_length else env
+
+
+def _check_host(config: WorldConfig) -> None:
+    """Raises UserError for wrappers that only pure worlds can have."""
+    usual = WorldConfig()
+    for flag in ("frames", "action_repeat", "training_length"):
+        value, wanted = getattr(config, flag), getattr(usual, flag)
+        if value != wanted:
+            raise UserError(
+                f"--config.world.{flag}={value}: {config.name} runs on the host and has wrappers of its own; "
+                f"choose {wanted}"
+            )
+
+
 def _host_vector(config: WorldConfig, num: int, discount: float | None, reward_scale: float) -> Environment:
     """Worlds of the host; raises UserError for what only pure worlds can be wrapped in."""
     if discount is not None:
         raise UserError(f"rewards of {config.name}, which runs on the host, cannot be normalised: scale them instead")
-    for flag, value in {"frames": config.frames, "action_repeat": config.action_repeat}.items():
-        if value != 1:
-            raise UserError(
-                f"--config.world.{flag}={value}: {config.name} runs on the host and has frames of its own; choose 1"
-            )
+    _check_host(config)
     prefix, _, rest = config.name.partition(":")
     env = host.atari(rest, num, clip=True) if prefix == "atari" else host.gymnasium_vector(rest, num)
     return wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env

@@ -31,9 +31,25 @@ def test_rewards_are_scaled_and_returns_are_not():
     [
         ({"frames": 2}, None, "--config.world.frames=2: gym:CartPole-v1 runs on the host"),
         ({"action_repeat": 3}, None, "--config.world.action_repeat=3"),
+        ({"training_length": 30}, None, "--config.world.training_length=30"),
         ({}, 0.99, "cannot be normalised"),
     ],
 )
 def test_what_the_host_cannot_do_is_one_line(changes, discount, words):
     with pytest.raises(UserError, match=words):
         worlds.vector(dataclasses.replace(HOST, **changes), 2, discount)
+
+
+def test_training_may_cut_episodes_that_evaluations_do_not():
+    """The pendulum's 200 steps: a truncation after 30 of them, and a new beginning."""
+    config = worlds.WorldConfig(name="pendulum", training_length=30)
+    for one, length in ((config, 30), (worlds.whole(config), 200)):
+        env = worlds.vector(one, 2)
+
+        def step(state, _, env=env):
+            state = env.step(state, jnp.zeros((2, 1)))
+            return state, (state.truncated, state.terminated, state.info["episode_length"])
+
+        truncated, terminated, lengths = jax.lax.scan(step, env.reset(jax.random.key(0)), None, 401)[1]
+        np.testing.assert_array_equal(np.flatnonzero(truncated[:, 0]), np.arange(length - 1, 401, length))
+        assert not terminated.any() and lengths.max() == length

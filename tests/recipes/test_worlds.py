@@ -52,4 +52,5 @@ def test_training_may_cut_episodes_that_evaluations_do_not():
 
         truncated, terminated, lengths = jax.lax.scan(step, env.reset(jax.random.key(0)), None, 401)[1]
         np.testing.assert_array_equal(np.flatnonzero(truncated[:, 0]), np.arange(length - 1, 401, length))
-        assert not terminated.any() and lengths.max() == length
+        assert not terminated.any()
+        assert lengths.max() == length

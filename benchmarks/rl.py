@@ -219,6 +219,17 @@ def a2c_run() -> Any:
     return on_policy(env, a2c.build(config, env), config.a2c.unroll)
 
 
+def dqn_run() -> Any:
+    """The driver of `experiments.dqn`'s default."""
+    from diffrl.recipes import worlds
+    from diffrl.rl.driver import whole
+    from experiments import dqn
+
+    config = dqn.Config()
+    env = worlds.vector(config.world, config.world.num)
+    return dqn.driver(config, env, dqn.build(config, env), whole)
+
+
 def ready(run: Any, seeds: int, updates: int) -> tuple[Callable[[], None], float]:
     """(so many updates of a driver, or of many seeds of it; seconds of compilation)."""
     import jax
@@ -279,6 +290,7 @@ def many_seeds(repeats: int, num: int) -> None:
         "PPO": (ppo_run, 10),
         "PPO, one world of 2048 steps, 32 minibatches": (lambda: ppo_run(1, 2048, 32), 2),
         "A2C": (a2c_run, 500),
+        "DQN": (dqn_run, 100),
     }
     for name, (make, updates) in runs.items():
         run = make()

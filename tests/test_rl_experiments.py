@@ -124,3 +124,24 @@ def test_mistakes_are_one_line(tmp_path, capsys, experiment, flags, words):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ")
     assert words in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("experiment", "preset", "threshold"),
+    [
+        (ppo, "cartpole", 475),
+        (dqn, "cartpole", 475),
+        (a2c, "cartpole", 475),
+        (ppo, "acrobot", -100),
+        (ppo, "pendulum", -200),
+        (ppo, "cartpole_balance", 950),
+    ],
+)
+def test_published_thresholds(experiment, preset, threshold, tmp_path):
+    """Of Gymnasium over five seeds, one for Playground's: whole experiments, half a minute each (four for the last)."""
+    if preset == "cartpole_balance":
+        pytest.importorskip("mujoco_playground")
+    named = [f"--preset={preset}"] if preset in experiment.PRESETS else []
+    run(experiment, tmp_path, *named, "--config.run.video=False")
+    assert json.loads((tmp_path / "results.json").read_text())["interquartile_mean"] >= threshold

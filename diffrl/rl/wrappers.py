@@ -3,6 +3,7 @@
 The usual order is `vectorize(autoreset(monitor(time_limit(env, n))), num)`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -117,19 +118,52 @@ def autoreset(env: Environment, keep_first: bool = False) -> Environment:
         state = env.reset(first)
         return told(state, state if keep_first else (own, jnp.zeros((), jnp.uint32)), state.obs)
 
+    def begun(new: State, key: Array, count: Array) -> State:
+        return _where(new.done, env.reset(jax.random.fold_in(key, count)), new)
+
+    anew = _if_any(begun)
+
     def step(state: State, action: Array) -> State:
         memory = state.inner.memory
         new = env.step(state.inner.state, action)
         if keep_first:
-            fresh = memory
+            going = _where(new.done, memory, new)
         else:
             key, count = memory
-            fresh, memory = env.reset(jax.random.fold_in(key, count)), (key, count + new.done)
-        going = jax.tree.map(lambda a, b: jnp.where(new.done, a, b), fresh, new)
+            going, memory = anew(new, key, count), (key, count + new.done)
         ended = new._replace(inner=Inner(going, memory), obs=going.obs)
         return ended._replace(info={**new.info, "final_obs": new.obs})
 
     return _wrap(env, reset=reset, step=step)
+
+
+def _where(done: Array, fresh: State, going: State) -> State:
+    return jax.tree.map(lambda a, b: jnp.where(done, a, b), fresh, going)
+
+
+def _if_any(begun: Callable[..., State]) -> Callable[..., State]:
+    """(states, *arguments) -> states: `begun` if any of all worlds is done, else as they were; on a CPU.
+
+    However often it is mapped: a branch within a lane would become a choice among the results of both.  Random numbers
+    cost a CPU many small kernels, eighty for each draw, and an accelerator would wait for the branch.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def anew(states: State, *arguments: Array) -> State:
+        def branch(states: State, *arguments: Array) -> State:
+            return jax.lax.cond(states.done.any(), begun, lambda states, *_: states, states, *arguments)
+
+        return jax.lax.platform_dependent(states, *arguments, cpu=branch, default=begun)
+
+    @anew.def_vmap
+    def mapped(size: int, batched: Any, *arguments: Any) -> tuple[State, Any]:
+        def wide(x: Array, is_batched: bool) -> Array:
+            return x if is_batched else jnp.broadcast_to(x, (size, *x.shape))
+
+        states = _if_any(jax.vmap(begun))(*jax.tree.map(wide, arguments, tuple(batched)))
+        return states, jax.tree.map(lambda _: True, states)
+
+    return anew
 
 
 def vectorize(env: Environment, num: int) -> Environment:

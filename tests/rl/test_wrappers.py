@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffrl.errors import UserError
-from diffrl.rl import wrappers
+from diffrl.rl import classic_control, wrappers
 from diffrl.rl.environment import Actions, Environment, State
 
 
@@ -70,6 +70,28 @@ def test_worlds_do_not_depend_on_how_many_there_are():
     few, many = (play(wrappers.vectorize(wrappers.autoreset(counter(2)), n), np.ones((3, n)))[1] for n in (2, 5))
     np.testing.assert_array_equal(few.obs, many.obs[:, :2])
     assert len(np.unique(many.obs[0, :, 0])) == 5
+
+
+def test_mapped_worlds_are_what_each_is_alone():
+    """Seeds of worlds, whose ends are looked for in all of them together."""
+    seeds, worlds, steps = 3, 4, 60
+    env = wrappers.autoreset(wrappers.monitor(classic_control.cartpole()))
+    keys = jax.random.split(jax.random.key(3), (seeds, worlds))
+    actions = jax.random.randint(jax.random.key(4), (seeds, worlds, steps), 0, 2)
+
+    def one(key, actions):
+        def step(state, action):
+            state = env.step(state, action)
+            return state, (state.obs, state.info["final_obs"], state.done, state.info["episode_return"])
+
+        return jax.lax.scan(step, env.reset(key), actions)[1]
+
+    together = jax.jit(jax.vmap(jax.vmap(one)))(keys, actions)
+    alone = jax.jit(one)
+    each = [[alone(keys[i, j], actions[i, j]) for j in range(worlds)] for i in range(seeds)]
+    stacked = jax.tree.map(lambda *x: np.stack(x), *(jax.tree.map(lambda *x: np.stack(x), *row) for row in each))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), together, stacked)
+    assert together[2].sum(-1).min() >= 1  # all fell at least once
 
 
 def test_repeated_actions_stop_at_the_end():

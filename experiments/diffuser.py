@@ -68,8 +68,8 @@ def medium() -> Config:
 
 
 def large() -> Config:
-    """96 rows span 380 steps; 21 minutes of a core."""
-    return _small("large", 96, 8000)
+    """96 rows span 380 steps; 45 minutes of a core."""
+    return _small("large", 96, 16_000)
 
 
 def _paper(maze: str, horizon: int, steps: int) -> Config:

@@ -14,6 +14,7 @@ apart.  brax's trainer calls `jax.device_put_replicated`, which jax has dropped:
 """
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -324,7 +325,7 @@ def parts(repeats: int) -> None:
         return jax.lax.scan(lambda world, _: (env.step(world, still), world.reward), world, None, unroll)[0]
 
     def acting(learner: Any, world: Any) -> Any:
-        return driver.collect(env, lambda obs, keys: agent.act(learner, obs, keys), unroll, world, keys)
+        return driver.collect(env, functools.partial(agent.act, learner), unroll, world, keys, agent.noise)
 
     programs = {"physics": jax.jit(physics), "physics + inference": jax.jit(acting)}
     arguments = {"physics": (world,), "physics + inference": (learner, world)}

@@ -1,6 +1,6 @@
 """What an agent is: three pure functions and the state that they share.
 
-    init(key) -> state      act(state, obs, keys) -> (action, info)      update(state, rollout, key) -> (state, metrics)
+    init(key) -> state    act(state, obs, noise) -> (action, info)    update(state, rollout, key) -> (state, metrics)
 
 A driver (`on_policy`, `off_policy`) collects transitions with `act` and hands them to `update`; nothing else knows of
 both an agent and an environment.  All of it is arrays, so that a whole run is one `scan`, many seeds are one `vmap`,
@@ -38,23 +38,31 @@ class Transition(NamedTuple):
     world: dict[str, Any] = {}  # noqa: RUF012
 
 
+def same(keys: Array) -> Array:
+    """The noise of an agent that draws for itself, or not at all."""
+    return keys
+
+
 class Agent(NamedTuple):
     """An algorithm of reinforcement learning.
 
     Attributes:
         init: key -> state, arrays only and no keys among them.
-        act: (state, obs [N, ...], keys [N]) -> (action [N, ...], info): what to do while learning, exploration
-            included; row i depends on obs[i] and keys[i] alone.
+        act: (state, obs [N, ...], noise [N, ...]) -> (action [N, ...], info): what to do while learning, exploration
+            included; row i depends on obs[i] and noise[i] alone.
         update: (state, rollout, key) -> (state, metrics): learns from a rollout [T, N] of its own (on-policy) or a
             batch [B] of anyone's (off-policy).  Metrics are scalars; `priority` [B], where there is one, goes to the
             replay buffer instead.
         greedy: (state, obs [N, ...]) -> action [N, ...]: what to do when it counts.
+        noise: keys [N] -> what `act` needs of chance, a tree of arrays [N, ...]; drivers draw it for a whole rollout
+            at once, since a draw in every step takes a CPU longer than a small network.  By default they are the keys.
     """
 
     init: Callable[[Array], Any]
-    act: Callable[[Any, Any, Array], tuple[Array, dict[str, Any]]]
+    act: Callable[[Any, Any, Any], tuple[Array, dict[str, Any]]]
     update: Callable[[Any, Transition, Array], tuple[Any, dict[str, Array]]]
     greedy: Callable[[Any, Any], Array]
+    noise: Callable[[Array], Any] = same
 
 
 class Network(NamedTuple):

@@ -1,6 +1,6 @@
 """Policies as distributions of actions, given by a network's outputs [..., P].
 
-Each is five functions of the outputs in a `Distribution`.  What they speak of is the *raw* action, which is what a
+Each is some functions of the outputs in a `Distribution`.  What they speak of is the *raw* action, which is what a
 rollout keeps for the update; `action` makes of it what the environment takes.  A squashed normal's density of the
 squashed action differs from its raw one by a factor that the outputs do not enter: ratios and Kullback-Leibler
 divergences are the same, and no inverse of tanh is ever needed.
@@ -23,7 +23,8 @@ class Distribution(NamedTuple):
 
     Attributes:
         size: P, how many outputs of a network it takes.
-        sample: (outputs [P], key) -> raw action; for one world.
+        noise: key -> all that chance has in a raw action; for one world.
+        sample: (outputs [..., P], noise) -> raw action [...].
         mode: outputs [..., P] -> the raw action of the highest density.
         log_prob: (outputs [..., P], raw [...]) -> [...], in nats.
         entropy: outputs [..., P] -> [...], in nats, of the raw action.
@@ -32,6 +33,7 @@ class Distribution(NamedTuple):
     """
 
     size: int
+    noise: Callable[[Array], Array]
     sample: Callable[[Array, Array], Array]
     mode: Callable[[Array], Array]
     log_prob: Callable[[Array, Array], Array]
@@ -57,7 +59,8 @@ def categorical(num: int) -> Distribution:
 
     return Distribution(
         num,
-        lambda outputs, key: jax.random.categorical(key, outputs),
+        lambda key: jax.random.gumbel(key, (num,)),
+        lambda outputs, noise: jnp.argmax(outputs + noise, -1),
         lambda outputs: jnp.argmax(outputs, -1),
         log_prob,
         entropy,
@@ -103,9 +106,9 @@ def _normal(actions: Actions, least_std: float, bound: Callable[[Array], Array])
         mean, width = jnp.split(outputs, 2, -1)
         return mean, jax.nn.softplus(width) + least_std
 
-    def sample(outputs: Array, key: Array) -> Array:
+    def sample(outputs: Array, noise: Array) -> Array:
         mean, std = split(outputs)
-        return mean + std * jax.random.normal(key, mean.shape)
+        return mean + std * noise
 
     def log_prob(outputs: Array, raw: Array) -> Array:
         mean, std = split(outputs)
@@ -121,6 +124,7 @@ def _normal(actions: Actions, least_std: float, bound: Callable[[Array], Array])
 
     return Distribution(
         2 * size,
+        lambda key: jax.random.normal(key, (size,)),
         sample,
         lambda outputs: split(outputs)[0],
         log_prob,

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from diffrl.errors import UserError
-from diffrl.rl.agent import Agent, Transition
+from diffrl.rl.agent import Agent, Transition, same
 from diffrl.rl.environment import Environment, State
 
 Array = jax.Array
-Act = Callable[[Any, Array], tuple[Array, dict[str, Any]]]
+Act = Callable[[Any, Any], tuple[Array, dict[str, Any]]]
 
 
 class Run(NamedTuple):
@@ -87,22 +87,30 @@ def whole(f: Callable, in_axes: tuple[int | None, ...], out_axes: tuple[int | No
     return f
 
 
-def collect(env: Environment, act: Act, length: int, world: State, keys: Array) -> tuple[State, Transition]:
+def collect(
+    env: Environment,
+    act: Act,
+    length: int,
+    world: State,
+    keys: Array,
+    noise: Callable[[Array], Any] = same,
+) -> tuple[State, Transition]:
     """`length` steps of n worlds, whose environment resets itself: (the new State, transitions [length, n]).
 
     Args:
-        act: (obs [n, ...], keys [n]) -> (action, info).
+        act: (obs [n, ...], noise [n, ...]) -> (action, info).
         keys: [n].
+        noise: of an `Agent`.
     """
 
-    def body(world: State, keys: Array) -> tuple[State, Transition]:
-        action, info = act(world.obs, keys)
+    def body(world: State, noise: Any) -> tuple[State, Transition]:
+        action, info = act(world.obs, noise)
         new = env.step(world, action)
         told = {name: value for name, value in new.info.items() if name != "final_obs"}
         ends = new.terminated, new.truncated
         return new, Transition(world.obs, action, new.reward, *ends, new.info["final_obs"], info, told)
 
-    return jax.lax.scan(body, world, jax.vmap(lambda t: fold_in(keys, t))(jnp.arange(length)))
+    return jax.lax.scan(body, world, jax.vmap(lambda t: noise(fold_in(keys, t)))(jnp.arange(length)))
 
 
 def fold_in(keys: Array, data: Array | int) -> Array:
@@ -152,7 +160,7 @@ def check(env: Environment, agent: Agent) -> int:
         raise UserError(f"{env.name} is one world, and a driver wants many: wrap it with wrappers.vectorize")
     num = world.reward.shape[0]
     keys = jax.eval_shape(lambda: split_over(jax.random.key(0), num))
-    action, _ = jax.eval_shape(agent.act, state, world.obs, keys)
+    action, _ = jax.eval_shape(agent.act, state, world.obs, jax.eval_shape(agent.noise, keys))
     wanted = (num, *env.actions.shape)
     integer = jnp.issubdtype(action.dtype, jnp.integer)
     if action.shape != wanted or integer != (env.actions.num is not None):

@@ -47,7 +47,7 @@ def evaluate(env: Environment, agent: Agent, limit: int, explore: bool = False) 
         def body(carry: tuple[Array, State, Episodes]) -> tuple[Array, State, Episodes]:
             t, world, seen = carry
             now = driver.fold_in(keys, t)
-            action = agent.act(state, world.obs, now)[0] if explore else agent.greedy(state, world.obs)
+            action = agent.act(state, world.obs, agent.noise(now))[0] if explore else agent.greedy(state, world.obs)
             new = env.step(world, action)
             counts = ~seen.done
             summed = new.info.get("episode_return", seen.episode_return + new.reward)

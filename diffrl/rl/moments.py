@@ -103,7 +103,8 @@ def normalised(agent: Agent, obs: Any, *, observations: bool = True, rewards: bo
 
     return Agent(
         init_all,
-        lambda state, x, keys: agent.act(state.agent, see(state, x), keys),
+        lambda state, x, noise: agent.act(state.agent, see(state, x), noise),
         update,
         lambda state, x: agent.greedy(state.agent, see(state, x)),
+        agent.noise,
     )

@@ -5,6 +5,7 @@ drawn.  A device holds whole groups, and their number does not depend on the dev
 number of them, and no transition travels.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -48,7 +49,8 @@ def off_policy(
     _check(num, groups, batch, unroll, updates, start)
 
     def shard(state: Any, world: State, buffer: Any, keys: Array) -> tuple[State, Any, Transition]:
-        world, rollout = driver.collect(env, lambda obs, keys: agent.act(state, obs, keys), unroll, world, keys)
+        act = functools.partial(agent.act, state)
+        world, rollout = driver.collect(env, act, unroll, world, keys, agent.noise)
         here = rollout.reward.shape[1] * groups // num
         dealt = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(unroll, here, -1, *x.shape[2:]), 1, 0), rollout)
         return world, jax.vmap(replay.add)(buffer, dealt), rollout
@@ -59,7 +61,8 @@ def off_policy(
 
     def init(key: Array) -> Run:
         state, world = driver.start(env, agent, key)
-        action, _ = jax.eval_shape(agent.act, state, world.obs, driver.split_over(key, num))
+        noise = jax.eval_shape(agent.noise, driver.split_over(key, num))
+        action, _ = jax.eval_shape(agent.act, state, world.obs, noise)
         example = jax.eval_shape(lambda world, action: _one(world, action), world, action)
         buffer = jax.vmap(lambda _: replay.init(example))(jnp.arange(groups))
         run = Run(jnp.zeros((), jnp.int32), key, state, world, driver.no_episode(), buffer)

@@ -1,5 +1,7 @@
 """Collect a rollout with the present policy, learn from it, forget it: REINFORCE, A2C, PPO, TRPO."""
 
+import functools
+
 import jax
 
 from diffrl.errors import UserError
@@ -26,7 +28,8 @@ def on_policy(env: Environment, agent: Agent, unroll: int, per_shard: PerShard =
     num = driver.check(env, agent)
 
     def shard(state, world, keys):
-        return driver.collect(env, lambda obs, keys: agent.act(state, obs, keys), unroll, world, keys)
+        act = functools.partial(agent.act, state)
+        return driver.collect(env, act, unroll, world, keys, agent.noise)
 
     collect = per_shard(shard, (None, 0, 0), (0, 1))
 

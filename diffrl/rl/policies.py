@@ -14,17 +14,17 @@ Array = jax.Array
 
 def acting(
     network: ActorCritic, distribution: Distribution
-) -> tuple[Callable[[Any, Any, Array], tuple[Array, dict[str, Any]]], Callable[[Any, Any], Array]]:
-    """`act` and `greedy` of an `Agent` whose state has the network's `params`; info["raw"] is the raw action."""
+) -> tuple[Callable[..., tuple[Array, dict[str, Any]]], Callable[[Any, Any], Array], Callable[[Array], Any]]:
+    """`act`, `greedy`, `noise` of an `Agent` whose state has the network's `params`; info["raw"] is the raw action."""
 
-    def act(state: Any, obs: Any, keys: Array) -> tuple[Array, dict[str, Any]]:
-        raw = jax.vmap(distribution.sample)(network.policy(state.params, obs), keys)
+    def act(state: Any, obs: Any, noise: Array) -> tuple[Array, dict[str, Any]]:
+        raw = distribution.sample(network.policy(state.params, obs), noise)
         return distribution.action(raw), {"raw": raw}
 
     def greedy(state: Any, obs: Any) -> Array:
         return distribution.action(distribution.mode(network.policy(state.params, obs)))
 
-    return act, greedy
+    return act, greedy, jax.vmap(distribution.noise)
 
 
 def over_time(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

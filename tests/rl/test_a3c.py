@@ -60,7 +60,7 @@ def test_one_worker_is_a_loop_of_a2c_and_rmsprop():
     world, seed = host.from_environment(ENV), a3c.stream(0, 0, 0)
     rate = optax.linear_schedule(3e-3, 0.0, 40)
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.rmsprop(rate, 0.99, 1e-5, eps_in_sqrt=True))
-    sample = jax.jit(lambda params, obs, key: FAMILY.sample(NETWORK.policy(params, obs[None])[0], key))
+    sample = jax.jit(lambda params, obs, key: FAMILY.sample(NETWORK.policy(params, obs[None])[0], FAMILY.noise(key)))
     gradient = jax.jit(jax.grad(lambda params, rollout: a2c.loss(params, rollout, NETWORK, FAMILY)[0]))
     start = params = NETWORK.init(jax.random.key(0))
     state, obs, total, episodes = optimizer.init(params), world.reset(seed), 0.0, []

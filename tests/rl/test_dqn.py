@@ -120,7 +120,7 @@ def test_exploration_has_its_probability():
     obs, keys = jnp.zeros(4000, jnp.int32), jax.random.split(jax.random.key(0), 4000)
     for updates, epsilon in ((0, 1.0), (5, 0.6), (10, 0.2)):
         state = agent.init(jax.random.key(0))._replace(updates=jnp.int32(updates))
-        action, info = jax.jit(agent.act)(state, obs, keys)
+        action, info = jax.jit(agent.act)(state, obs, agent.noise(keys))
         best = int(agent.greedy(state, obs[:1])[0])
         share = np.bincount(action, minlength=4) / 4000
         want = np.where(np.arange(4) == best, 1 - 0.75 * epsilon, 0.25 * epsilon)

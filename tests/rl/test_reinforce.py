@@ -31,9 +31,8 @@ def bandit(baseline):
 
     def estimate(key):
         obs = jnp.zeros((2, 4), jnp.int32)
-        raw = jax.vmap(lambda obs, key: agent.act(start, obs, jax.random.split(key, 4))[1]["raw"])(
-            obs, jax.random.split(key)
-        )
+        noise = jax.vmap(lambda key: agent.noise(jax.random.split(key, 4)))(jax.random.split(key))
+        raw = jax.vmap(lambda obs, noise: agent.act(start, obs, noise)[1]["raw"])(obs, noise)
         steps = rollout(np.zeros((2, 4)), np.zeros((2, 4), np.int32), np.zeros((2, 4)), T)
         steps = steps._replace(action=raw, info={"raw": raw}, reward=jnp.asarray(REWARDS, jnp.float32)[raw])
         new, _ = agent.update(start, steps, key)

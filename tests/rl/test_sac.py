@@ -66,7 +66,7 @@ def test_the_squashed_density_is_one(outputs):
     assert mass.sum() == pytest.approx(1, abs=1e-3)
     family = distributions.squashed(actions)
     keys = jax.random.split(jax.random.key(0), 20_000)
-    raw = jax.vmap(family.sample, (None, 0))(jnp.array(outputs), keys)
+    raw = family.sample(jnp.array(outputs), jax.vmap(family.noise)(keys))
     assert float(family.action(raw).mean()) == pytest.approx(1 + 4 * (scaled * mass).sum(), abs=0.08)
 
 
@@ -138,12 +138,12 @@ def test_actions_are_uniform_until_there_is_something_to_follow():
     agent = sac(free(2), parabola(), actions, optax.sgd(0.1))
     state, obs = agent.init(jax.random.key(0)), jnp.zeros((4000, 1))
     state = state._replace(params=state.params | {"policy": jnp.array([0.5, -4.0])})
-    keys = jax.random.split(jax.random.key(1), 4000)
+    noise = agent.noise(jax.random.split(jax.random.key(1), 4000))
     act = jax.jit(agent.act)
-    action, info = act(state, obs, keys)
+    action, info = act(state, obs, noise)
     assert not info
     np.testing.assert_allclose(np.histogram(action, 6, (-2, 4))[0] / 4000, 1 / 6, atol=0.025)
-    action, _ = act(state._replace(updates=jnp.int32(1)), obs, keys)
+    action, _ = act(state._replace(updates=jnp.int32(1)), obs, noise)
     std = np.log1p(np.exp(-4)) + 1e-3
     assert float(jnp.arctanh((action - 1) / 3).std()) == pytest.approx(std, rel=0.05)
     np.testing.assert_allclose(agent.greedy(state, obs[:1]), [[1 + 3 * np.tanh(0.5)]], rtol=1e-5)

@@ -116,7 +116,8 @@ def test_the_step_on_a_bandit_solves_the_linear_system(damping):
 def random_rollout(key, distribution, network, params):
     """Of the policy itself, with random rewards and ends."""
     act, reward, end = jax.random.split(key, 3)
-    raw = jax.vmap(jax.vmap(distribution.sample))(network.apply(params, OBS), jax.random.split(act, OBS.shape[:2]))
+    noise = jax.vmap(jax.vmap(distribution.noise))(jax.random.split(act, OBS.shape[:2]))
+    raw = distribution.sample(network.apply(params, OBS), noise)
     ends = jax.random.bernoulli(end, 0.2, OBS.shape[:2])
     rewards = jax.random.normal(reward, OBS.shape[:2])
     return Transition(OBS, raw, rewards, ends, jnp.zeros_like(ends), OBS + 0.1, {"raw": raw})

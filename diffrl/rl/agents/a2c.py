@@ -92,5 +92,5 @@ def a2c(
         params = optax.apply_updates(state.params, updates)
         return State(params, opt_state), told | {"grad_norm": optax.global_norm(grads)}
 
-    act, greedy = policies.acting(network, distribution)
-    return Agent(init, act, update, greedy)
+    act, greedy, noise = policies.acting(network, distribution)
+    return Agent(init, act, update, greedy, noise)

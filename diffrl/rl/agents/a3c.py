@@ -194,7 +194,7 @@ def compiled(
 
     def act(flat: Any, obs: Any, key: Array, step: int) -> tuple[Array, Array]:
         outputs = network.policy(unravel(flat), jax.tree.map(lambda x: x[None], obs))[0]
-        raw = distribution.sample(outputs, jax.random.fold_in(key, step))
+        raw = distribution.sample(outputs, distribution.noise(jax.random.fold_in(key, step)))
         return distribution.action(raw), raw
 
     def gradient(flat: Any, rollout: Transition) -> tuple[Array, dict[str, Array]]:

@@ -72,13 +72,18 @@ def dqn(
     def greedy(state: State, obs: Any) -> Array:
         return jnp.argmax(network.apply(state.params, obs), axis=-1).astype(jnp.int32)
 
-    def act(state: State, obs: Any, keys: Array) -> tuple[Array, dict[str, Any]]:
-        def choose(best: Array, key: Array) -> Array:
-            first, second = jax.random.split(key)
-            any_of_all = jax.random.randint(second, (), 0, num)
-            return jnp.where(jax.random.uniform(first) < chance(state), any_of_all, best)
+    def noise(keys: Array) -> tuple[Array, Array]:
+        """Numbers that decide whether to explore, and actions: both [N]."""
 
-        return jax.vmap(choose)(greedy(state, obs), keys), {}
+        def one(key: Array) -> tuple[Array, Array]:
+            first, second = jax.random.split(key)
+            return jax.random.uniform(first), jax.random.randint(second, (), 0, num)
+
+        return jax.vmap(one)(keys)
+
+    def act(state: State, obs: Any, noise: tuple[Array, Array]) -> tuple[Array, dict[str, Any]]:
+        number, any_of_all = noise
+        return jnp.where(number < chance(state), any_of_all, greedy(state, obs)), {}
 
     def errors(params: Any, target: Any, batch: Transition) -> tuple[Array, Array]:
         """y - q(x, a) and q(x, a), both [B]."""
@@ -105,7 +110,7 @@ def dqn(
         metrics = {"loss": value, "q": q.mean(), "td_error": size.mean(), "epsilon": chance(state), "priority": size}
         return State(params, target, opt_state, updates), metrics
 
-    return Agent(init, act, update, greedy)
+    return Agent(init, act, update, greedy, noise)
 
 
 def _at(q: Array, action: Array) -> Array:

@@ -95,9 +95,9 @@ def ppo(
         params = network.init(key)
         return State(params, optimizer.init(params), jnp.asarray(0.0 if kl_target is None else 1.0))
 
-    def act(state: State, obs: Any, keys: Array) -> tuple[Array, dict[str, Array]]:
+    def act(state: State, obs: Any, noise: Array) -> tuple[Array, dict[str, Array]]:
         outputs = network.policy(state.params, obs)
-        raw = jax.vmap(distribution.sample)(outputs, keys)
+        raw = distribution.sample(outputs, noise)
         return distribution.action(raw), {"raw": raw, "outputs": outputs}
 
     def greedy(state: State, obs: Any) -> Array:
@@ -202,4 +202,4 @@ def ppo(
         advantage, target, value = mb.grouped((advantage, target, v_tm1), parts)
         return Samples(obs, raw, outputs, advantage, target, value)
 
-    return Agent(init, act, update, greedy)
+    return Agent(init, act, update, greedy, jax.vmap(distribution.noise))

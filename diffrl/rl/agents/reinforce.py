@@ -91,8 +91,8 @@ def reinforce(
         state = jax.tree.map(lambda old, new: jnp.where(counts.any(), new, old), state, new)
         return state, told | {"grad_norm": optax.global_norm(grads)}
 
-    act, greedy = policies.acting(network, distribution)
-    return Agent(init, act, update, greedy)
+    act, greedy, noise = policies.acting(network, distribution)
+    return Agent(init, act, update, greedy, noise)
 
 
 def ends_within(done: Array, horizon: int | None = None) -> Array:

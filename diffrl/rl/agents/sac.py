@@ -75,13 +75,20 @@ def sac(
         params = {"policy": policy.init(first), "critics": critics, "log_alpha": start}
         return State(params, critics, optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def act(state: State, obs: Any, keys: Array) -> tuple[Array, dict[str, Any]]:
-        def choose(outputs: Array, key: Array) -> Array:
+    def noise(keys: Array) -> tuple[Array, Array]:
+        """The policy's, and actions of any kind: both [N, D]."""
+
+        def one(key: Array) -> tuple[Array, Array]:
             first, second = jax.random.split(key)
             anything = jax.random.uniform(second, actions.shape, jnp.float32, actions.low, actions.high)
-            return jnp.where(state.updates > 0, family.action(family.sample(outputs, first)), anything)
+            return family.noise(first), anything
 
-        return jax.vmap(choose)(policy.apply(state.params["policy"], obs), keys), {}
+        return jax.vmap(one)(keys)
+
+    def act(state: State, obs: Any, noise: tuple[Array, Array]) -> tuple[Array, dict[str, Any]]:
+        drawn, anything = noise
+        raw = family.sample(policy.apply(state.params["policy"], obs), drawn)
+        return jnp.where(state.updates > 0, family.action(raw), anything), {}
 
     def greedy(state: State, obs: Any) -> Array:
         return family.action(family.mode(policy.apply(state.params["policy"], obs)))
@@ -89,7 +96,7 @@ def sac(
     def draw(params: Any, obs: Any, key: Array) -> tuple[Array, Array]:
         """Actions [B, D] and their log-densities [B]."""
         outputs = policy.apply(params, obs)
-        raw = jax.vmap(family.sample)(outputs, jax.random.split(key, outputs.shape[0]))
+        raw = family.sample(outputs, jax.vmap(family.noise)(jax.random.split(key, outputs.shape[0])))
         return family.action(raw), distributions.squashed_log_prob(actions, outputs, raw)
 
     def values(critics: Any, obs: Array, action: Array) -> Array:
@@ -124,4 +131,4 @@ def sac(
         target = optax.incremental_update(params["critics"], state.target, tau)
         return State(params, target, opt_state, state.updates + 1), metrics
 
-    return Agent(init, act, update, greedy)
+    return Agent(init, act, update, greedy, noise)

@@ -162,8 +162,8 @@ def trpo(
         told |= {"value_loss": error, "explained_variance": policies.explained_variance(target, v_tm1)}
         return State({"policy": acts, "value": values}, opt_state), told
 
-    act, greedy = policies.acting(network, distribution)
-    return Agent(init, act, update, greedy)
+    act, greedy, noise = policies.acting(network, distribution)
+    return Agent(init, act, update, greedy, noise)
 
 
 def fisher(

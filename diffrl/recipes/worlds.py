@@ -95,7 +95,7 @@ def vector(config: WorldConfig, num: int, discount: float | None = None, reward_
     env = wrappers.monitor(_cut(config))
     env = wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env
     env = wrappers.discounted_return(env, discount) if discount is not None else env
-    # A simulator's reset costs as much as many steps, and lanes of a batch cannot branch around it.
+    # A simulator's reset costs as much as many steps, and of many worlds one ends in nearly every step.
     return wrappers.vectorize(wrappers.autoreset(env, keep_first=config.name.startswith(("brax:", "playground:"))), num)
 
 

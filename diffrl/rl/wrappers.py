@@ -107,7 +107,8 @@ def autoreset(env: Environment, keep_first: bool = False) -> Environment:
 
     Args:
         keep_first: go back to the first state there was instead of drawing a new one: for simulators whose reset costs
-            as much as many steps (every step computes a reset, because lanes of a batch cannot branch).
+            as much as many steps.  (Else a step computes one for every world where any has ended, on an accelerator
+            always: lanes of a batch cannot branch.)
     """
 
     def told(state: State, memory: Any, final: Any) -> State:

@@ -22,7 +22,7 @@ from diffrl.rl import driver as drivers
 from diffrl.rl import evaluation
 from diffrl.rl.adapters import brax
 from diffrl.rl.agent import Agent
-from diffrl.rl.driver import Driver, PerShard
+from diffrl.rl.driver import Driver, PerShard, whole
 from diffrl.rl.environment import Environment, State
 from diffrl.train import loop, mesh
 from diffrl.train.checkpoint import Checkpoints
@@ -95,6 +95,8 @@ def check_names(flag: str, given: Sequence[str], known: Sequence[str]) -> None:
 def open_session(config: Any, run: config_lib.Run, env: Environment, agent: Agent, make_driver: MakeDriver) -> Session:
     """The session of a config with `world`, `run`, `mesh` and `seed`.
 
+    Devices take whole seeds where these can be dealt among them, else each a share of the worlds of every seed.
+
     Args:
         env: vectorised.
         make_driver: (env, agent, per_shard) -> the driver of one seed.
@@ -103,11 +105,17 @@ def open_session(config: Any, run: config_lib.Run, env: Environment, agent: Agen
         UserError: worlds that do not divide among the devices, several seeds of a host's environment.
     """
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    one = make_driver(env, agent, mesh.per_shard(devices, config.world.num))
     if worlds.is_host(config.world) and (config.run.seeds > 1 or mesh.batch_parts(devices) > 1):
         raise UserError(f"{config.world.name} runs on the host, one seed and one device: --config.run.seeds=1")
-    population = one if worlds.is_host(config.world) else drivers.seeds(one, config.run.seeds)
+    over_seeds = seeds_per_shard(devices, config.run)
+    one = make_driver(env, agent, mesh.per_shard(devices, config.world.num) if over_seeds is None else whole)
+    population = one if worlds.is_host(config.world) else drivers.seeds(one, config.run.seeds, over_seeds)
     return Session(config.world, config.run, config.seed, run.workdir, agent, population, devices)
+
+
+def seeds_per_shard(devices: Any, run: RunConfig) -> PerShard | None:
+    """What gives each device whole seeds, or None where they cannot be dealt among them."""
+    return None if run.seeds % mesh.batch_parts(devices) else mesh.per_shard(devices, run.seeds, "seeds")
 
 
 class Plan(NamedTuple):
@@ -159,7 +167,7 @@ def train(session: Session) -> Any:
             batch_size=population.env_steps * settings.seeds,
             desc=session.world.name,
         )
-        return current.agent
+        return mesh.place_run(session.devices, current.agent, None)
     finally:
         writers.close()
         checkpoints.close()
@@ -184,8 +192,11 @@ def evaluator(session: Session, episodes: int) -> Callable[[Any, Any], evaluatio
     one = evaluation.evaluate(env, session.agent, limit, session.run.explore)
     if worlds.is_host(config):
         return jax.jit(lambda state, key: jax.tree.map(lambda x: x[None], one(state, key)))
-    seeds = session.run.seeds
-    return jax.jit(lambda state, key: jax.vmap(one)(state, drivers.split_over(key, seeds)))
+    over = jax.vmap(one)
+    over_seeds = seeds_per_shard(session.devices, session.run)
+    if over_seeds is not None:
+        over = over_seeds(over, (0, 0), (0,))
+    return jax.jit(lambda state, key: over(state, drivers.split_over(key, session.run.seeds)))
 
 
 def evaluation_hook(session: Session, todo: Plan, writers: Writers) -> Callable[[int, Any], None]:
@@ -197,7 +208,7 @@ def evaluation_hook(session: Session, todo: Plan, writers: Writers) -> Callable[
         if step % todo.every and step != todo.total:
             return
         key = jax.random.fold_in(jax.random.key(session.seed + 1), step)
-        returns = np.asarray(score(current.agent, key).episode_return).mean(-1)
+        returns = mesh.fetch(score(current.agent, key).episode_return).mean(-1)
         told = {f"eval_return/{i}": value for i, value in enumerate(returns)}
         writers.scalars(step, {"env_steps": population.env_steps_before + step * population.env_steps, **told})
 
@@ -218,7 +229,7 @@ def finish(session: Session, state: Any, title: str, threshold: float | None = N
         session.workdir / "curve.png", {title: curve(session.workdir)}, title=title, threshold=threshold
     )
     key = jax.random.key(session.seed + 2)
-    seen = jax.device_get(evaluator(session, session.run.final_episodes)(state, key))
+    seen = jax.tree.map(mesh.fetch, evaluator(session, session.run.final_episodes)(state, key))
     returns = seen.episode_return.mean(-1)
     measured = {
         "world": session.world.name,

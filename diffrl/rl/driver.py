@@ -55,7 +55,8 @@ class Driver(NamedTuple):
         step: run -> (run, metrics), one collection and what is learned from it.
         env_steps: steps of all worlds together in one `step`.
         env_steps_before: the same in `init`.
-        axes: a Run whose fields say which axis of their arrays counts the worlds, or None.
+        axes: a Run whose fields say which axis of their arrays lies along the devices, or None: that which counts the
+            worlds, or in a population that is split itself, the runs.
     """
 
     init: Callable[[Array], Run]
@@ -66,9 +67,9 @@ class Driver(NamedTuple):
 
 
 class PerShard(Protocol):
-    """f, axes of its arguments and results -> f on each device's share of the worlds, as `jax.vmap` takes axes."""
+    """f, axes of its arguments and results -> f on each device's share of them, as `jax.vmap` takes axes."""
 
-    def __call__(self, f: Callable, in_axes: tuple[int | None, ...], out_axes: tuple[int | None, ...]) -> Callable: ...
+    def __call__(self, f: Callable, in_axes: tuple[Any, ...], out_axes: tuple[Any, ...]) -> Callable: ...
 
 
 class Purpose(enum.IntEnum):
@@ -82,7 +83,7 @@ class Purpose(enum.IntEnum):
     FILL = 5
 
 
-def whole(f: Callable, in_axes: tuple[int | None, ...], out_axes: tuple[int | None, ...]) -> Callable:
+def whole(f: Callable, in_axes: tuple[Any, ...], out_axes: tuple[Any, ...]) -> Callable:
     """The `PerShard` of one device: f itself."""
     return f
 
@@ -172,13 +173,16 @@ def check(env: Environment, agent: Agent) -> int:
     return num
 
 
-def many(make: Callable[[Any], Driver], values: Any) -> Driver:
+def many(make: Callable[[Any], Driver], values: Any, per_shard: PerShard | None = None) -> Driver:
     """One program of a run for each of `values`: hyperparameters, or nothing but seeds.
 
     Args:
         make: a value -> its driver; the value is an array or a tree of them, traced, and may enter as any number of
             the agent that is not a shape or a Python condition.
         values: the same with a leading axis [M].
+        per_shard: what `train.mesh` makes to give each device whole runs, M / devices of them, where nothing is left
+            to exchange; `make` then leaves its worlds alone.  None: devices share the worlds of every run, if `make`
+            has it so.
 
     Run m starts from fold_in(key, m); every array of the Run but `step` gets a leading axis M, and metrics too.
     """
@@ -191,17 +195,17 @@ def many(make: Callable[[Any], Driver], values: Any) -> Driver:
 
     def step(run: Run) -> tuple[Run, dict[str, Array]]:
         over = jax.vmap(lambda value, run: make(value).step(run), in_axes=(0, axes), out_axes=(axes, 0))
-        return over(values, run)
+        return over(values, run) if per_shard is None else per_shard(over, (0, axes), (axes, 0))(values, run)
 
     inner = Run(*(None if axis is None else axis + 1 for axis in first.axes))
-    return Driver(init, step, first.env_steps, first.env_steps_before, inner)
+    return Driver(init, step, first.env_steps, first.env_steps_before, inner if per_shard is None else axes)
 
 
-def seeds(driver: Driver, num: int) -> Driver:
+def seeds(driver: Driver, num: int, per_shard: PerShard | None = None) -> Driver:
     """`num` independent runs of one driver in one program (see `many`)."""
     if num < 1:
         raise UserError(f"{num} seeds: choose at least 1")
-    return many(lambda _: driver, jnp.arange(num))
+    return many(lambda _: driver, jnp.arange(num), per_shard)
 
 
 def repeat(step: Callable[[Run], tuple[Run, dict[str, Array]]], times: int) -> Callable[[Run, None], Any]:

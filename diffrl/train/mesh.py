@@ -240,34 +240,34 @@ def compile_repeated(step, mesh, state, k, *, small=SMALL):
     return several
 
 
-def per_shard(mesh, size):
+def per_shard(mesh, size, unit="worlds"):
     """`jax.vmap`'s twin for devices: (f, in_axes, out_axes) -> f on every device's share of `size` worlds, by itself.
 
     Adaptive loops (a simulator's solver) then run as long as the device's own worlds need, and nothing is exchanged.
+    Axes are numbers, None or trees of them.
+
+    Args:
+        unit: what messages call the worlds.
 
     Raises:
         UserError: the worlds do not divide among the devices.
     """
     if size % batch_parts(mesh):
         parts = batch_parts(mesh)
-        raise UserError(f"{size} worlds cannot be split over {parts} devices: choose a multiple of {parts}")
+        raise UserError(f"{size} {unit} cannot be split over {parts} devices: choose a multiple of {parts}")
 
     def wrap(f, in_axes, out_axes):
         if batch_parts(mesh) == 1:
             return f
-        specs = [tuple(_along(axis) for axis in axes) for axes in (in_axes, out_axes)]
+        specs = [jax.tree.map(_along, axes, is_leaf=lambda axis: axis is None) for axes in (in_axes, out_axes)]
         if len(out_axes) == 1:
             specs[1] = specs[1][0]
         mapped = jax.shard_map(f, mesh=mesh, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
         def checked(*arguments):
             for argument, axis in zip(arguments, in_axes, strict=True):
-                sizes = {leaf.shape[axis] for leaf in jax.tree.leaves(argument)} if axis is not None else set()
-                for part in (part for part in sizes if part % batch_parts(mesh)):
-                    raise UserError(
-                        f"{part} groups of worlds cannot be split over {batch_parts(mesh)} devices: "
-                        f"choose a multiple of {batch_parts(mesh)}"
-                    )
+                if isinstance(axis, int):
+                    _check_groups({leaf.shape[axis] for leaf in jax.tree.leaves(argument)}, batch_parts(mesh))
             return mapped(*arguments)
 
         return checked
@@ -275,10 +275,18 @@ def per_shard(mesh, size):
     return wrap
 
 
-def place_run(mesh, run, axes):
-    """A copy of a run of reinforcement learning, its worlds spread over "data" and "fsdp", the rest replicated.
+def _check_groups(sizes, parts):
+    for size in sizes:
+        if size % parts:
+            raise UserError(
+                f"{size} groups of worlds cannot be split over {parts} devices: choose a multiple of {parts}"
+            )
 
-    axes: a tree prefix of `run`: which axis of its arrays counts the worlds, or None.
+
+def place_run(mesh, run, axes):
+    """A copy of a run of reinforcement learning, worlds or seeds spread over "data" and "fsdp", the rest replicated.
+
+    axes: a tree prefix of `run`: which axis of its arrays counts the worlds or seeds, or None.
     """
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=_run_sharding(mesh, axes))(run)
 

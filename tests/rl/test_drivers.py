@@ -135,6 +135,36 @@ def test_one_device_equals_eight(make):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
 
 
+def over_devices(devices):
+    """A population of eight runs, each device with whole ones: (grid, the driver, its compiled step, a fresh run)."""
+    grid = mesh.make_mesh(devices=devices)
+    run = driver.seeds(on(), 8, mesh.per_shard(grid, 8, "seeds"))
+    state = mesh.place_run(grid, jax.jit(run.init)(jax.random.key(0)), run.axes)
+    return state, mesh.compile_run(driver.repeat(run.step, 2), grid, run.axes)
+
+
+def test_devices_with_whole_seeds_equal_one_device():
+    results = []
+    for devices in (jax.devices()[:1], jax.devices()):
+        state, step = over_devices(devices)
+        state, told = step(state, None)
+        assert len(state.agent.agent.params["policy"]["w"].sharding.device_set) == len(devices)
+        results.append(plain((state, told)))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
+def test_devices_with_whole_seeds_exchange_nothing():
+    """But the metrics, which every device is told at the end."""
+    state, step = over_devices(jax.devices())
+    text = step.lower(state, None).compile().as_text()
+    assert "all-reduce" not in text
+    assert "all-to-all" not in text
+    assert "collective-permute" not in text
+    told = jax.eval_shape(step, state, None)[1]
+    assert 0 < text.count(" all-gather(") <= len(jax.tree.leaves(told))
+
+
 @pytest.mark.parametrize("settings", [{}, {"advantages": "minibatch", "window": 4}], ids=["samples", "windows"])
 def test_eight_devices_exchange_sums_alone(settings):
     """Learning sums gradients over devices; no world, sample or shuffled minibatch travels."""
@@ -182,6 +212,8 @@ def test_mistakes_are_one_line():
         on_policy(many(bare, WORLDS), learner(), 0)
     with pytest.raises(UserError, match="12 worlds cannot be split over 8 devices"):
         mesh.per_shard(mesh.make_mesh(), 12)
+    with pytest.raises(UserError, match="12 seeds cannot be split over 8 devices"):
+        mesh.per_shard(mesh.make_mesh(), 12, "seeds")
     with pytest.raises(UserError, match="0 seeds"):
         driver.seeds(on(), 0)
 

@@ -56,9 +56,16 @@ def _dot_general(x: Array, weights: Array, *_: Any, **__: Any) -> Array:
 
 def kernel(scale: float, orthogonal: bool) -> Callable[..., Array]:
     """An initialiser: orthogonal of gain `scale`, or normal of variance scale^2 / fan-in (LeCun et al., 1998)."""
-    if orthogonal:
-        return nn.initializers.orthogonal(scale)
-    return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+    if not orthogonal:
+        return nn.initializers.variance_scaling(scale**2, "fan_in", "truncated_normal")
+    make = nn.initializers.orthogonal(scale)
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        # Seeds of a population get theirs one after the other: jaxlib factorises a batch of matrices in its pool of
+        # threads from within that pool, and two at a time wait for one another for ever where there are two cores.
+        return jax.custom_batching.sequential_vmap(lambda key: make(key, shape, dtype))(key)
+
+    return init
 
 
 def hidden(orthogonal: bool) -> Callable[..., Array]:

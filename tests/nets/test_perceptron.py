@@ -1,5 +1,7 @@
 """The perceptron of observations: its start, its sizes, what is free of the observation."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,17 @@ def test_it_starts_orthogonal():
     np.testing.assert_allclose(tall.T @ tall, 2 * np.eye(4), atol=1e-5)
     np.testing.assert_allclose(last.T @ last, 1e-4 * np.eye(2), atol=1e-9)
     assert all(not np.any(layer["bias"]) for layer in params.values())
+
+
+def test_a_population_factorises_no_batch_of_matrices():
+    """Batches of them, two at a time, stop jaxlib's CPU threads for ever; every seed gets what it would get alone."""
+    net = Perceptron(2)
+    keys = jax.random.split(jax.random.key(0), 4)
+    many = jax.vmap(lambda key: net.init(key, jnp.zeros((1, 4))))
+    shapes = re.findall(r"f32\[([\d,]+)\] \S+ = qr\[", str(jax.make_jaxpr(many)(keys)))
+    assert shapes == ["64,4", "64,64", "64,2"]
+    for a, b in zip(jax.tree.leaves(many(keys)), jax.tree.leaves(net.init(keys[2], jnp.zeros((1, 4)))), strict=True):
+        np.testing.assert_allclose(a[2], b, atol=1e-6)
 
 
 def test_without_orthogonality_the_variance_is_one_over_the_inputs():

@@ -3,7 +3,8 @@
 Each is some functions of the outputs in a `Distribution`.  What they speak of is the *raw* action, which is what a
 rollout keeps for the update; `action` makes of it what the environment takes.  A squashed normal's density of the
 squashed action differs from its raw one by a factor that the outputs do not enter: ratios and Kullback-Leibler
-divergences are the same, and no inverse of tanh is ever needed.
+divergences are the same, and no inverse of tanh is ever needed.  Its entropy is the squashed action's: the raw one's
+grows for ever with the deviation, and a bonus for it would drive the actions to their bounds.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffrl.rl.environment import Actions
 
 Array = jax.Array
 HALF_LOG_TAU = 0.9189385332046727  # log(2 pi) / 2
+NODES = 8  # of the quadrature in `squashed`'s entropy
 
 
 class Distribution(NamedTuple):
@@ -27,7 +30,8 @@ class Distribution(NamedTuple):
         sample: (outputs [..., P], noise) -> raw action [...].
         mode: outputs [..., P] -> the raw action of the highest density.
         log_prob: (outputs [..., P], raw [...]) -> [...], in nats.
-        entropy: outputs [..., P] -> [...], in nats, of the raw action.
+        entropy: outputs [..., P] -> [...], in nats, of the raw action; where it is squashed, of what becomes of it, per
+            unit of half the actions' range.
         kl: (outputs p, outputs q) -> KL(p || q) [...], in nats.
         action: raw -> what the environment takes.
     """
@@ -80,9 +84,19 @@ def normal(actions: Actions, least_std: float = 1e-3) -> Distribution:
 def squashed(actions: Actions, least_std: float = 1e-3) -> Distribution:
     """tanh of independent normals (Haarnoja et al., arXiv:1801.01290), scaled to the actions' bounds.
 
-    `entropy` is that of the normal; `squashed_log_prob` gives the density that SAC needs.
+    `squashed_log_prob` gives the density that SAC needs, and `entropy` is its negative mean, by Gauss and Hermite's
+    quadrature: within 0.001 nats for deviations up to 1, 0.03 up to 2, from where on it falls by 0.2 in 7 too fast at 4.
     """
-    return _normal(actions, least_std, jnp.tanh)
+    family = _normal(actions, least_std, jnp.tanh)
+    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
+
+    def entropy(outputs: Array) -> Array:
+        # The axis of nodes comes first, so that the sum over it is one of whole arrays.
+        at = jnp.asarray(nodes, outputs.dtype).reshape(NODES, *(1,) * outputs.ndim)
+        raw = family.sample(outputs, at)
+        return family.entropy(outputs) + jnp.tensordot(weights / weights.sum(), _log_slope(raw).sum(-1), 1)
+
+    return family._replace(entropy=entropy)
 
 
 def of(actions: Actions, squash: bool = False) -> Distribution:
@@ -93,9 +107,13 @@ def of(actions: Actions, squash: bool = False) -> Distribution:
 
 
 def squashed_log_prob(actions: Actions, outputs: Array, raw: Array, least_std: float = 1e-3) -> Array:
-    """log density [...] of tanh(raw), per unit of half the actions' range: log(1 - tanh(x)^2), stable for large x."""
-    log_slope = 2 * (jnp.log(2.0) - raw - jax.nn.softplus(-2 * raw))
-    return squashed(actions, least_std).log_prob(outputs, raw) - log_slope.sum(-1)
+    """log density [...] of tanh(raw), per unit of half the actions' range."""
+    return squashed(actions, least_std).log_prob(outputs, raw) - _log_slope(raw).sum(-1)
+
+
+def _log_slope(x: Array) -> Array:
+    """log(1 - tanh(x)^2), stable for large x."""
+    return 2 * (jnp.log(2.0) - x - jax.nn.softplus(-2 * x))
 
 
 def _normal(actions: Actions, least_std: float, bound: Callable[[Array], Array]) -> Distribution:

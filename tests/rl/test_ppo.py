@@ -1,4 +1,9 @@
-"""PPO: what its first minibatch must be, its gradient on a bandit, its critic's fixed points, its bounds."""
+"""PPO: what its first minibatch must be, its gradient on a bandit, its critic's fixed points, its bounds.
+
+Also brax's own loss on the same windows.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +13,8 @@ import pytest
 from rl_worlds import bias, counting, linear_critic, many, noisy
 
 from diffrl.errors import UserError
+from diffrl.recipes import policies
+from diffrl.recipes.policies import NetConfig
 from diffrl.rl import distributions, driver
 from diffrl.rl.agent import Transition, separate
 from diffrl.rl.agents.ppo import ppo
@@ -194,3 +201,83 @@ def test_mistakes_are_one_line():
     run = on_policy(many(noisy(), 8), agent, 16)
     with pytest.raises(UserError, match=r"128 samples .* 7 minibatches"):
         jax.eval_shape(run.step, jax.eval_shape(run.init, jax.random.key(0)))
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("entropy", [0.0, 0.3])
+def test_gradient_is_braxs(entropy):
+    """Of windows, with probability ratios beyond the clipping and episodes that end; lambda = 1.
+
+    brax's advantages are one step and then the lambda-return, ours the return itself; for lambda = 1 both are the same.
+    Its entropy is of one sample, and so its gradient a mean over many keys.
+    """
+    losses = pytest.importorskip(
+        "brax.training.agents.ppo.losses", reason="brax of the [oracles] extra is not installed"
+    )
+    from brax.training import types
+    from brax.training.agents.ppo import networks
+
+    steps, worlds, window, discount = 8, 12, 4, 0.9
+    env = many(noisy(BOX), worlds)
+    config = NetConfig((8, 8), (16,), "silu", orthogonal=False, squash=True, free_std=False)
+    network, family = policies.actor_critic(config, env), policies.distribution(config, env)
+    agent = ppo(
+        network, family, optax.sgd(1.0), discount=discount, lam=1.0, entropy=entropy, advantages="minibatch",
+        window=window, epochs=1, minibatches=1,
+    )  # fmt: skip
+    acted, state = agent.init(jax.random.key(0)), agent.init(jax.random.key(1))
+    acted, state = (s._replace(params=jax.tree.map(lambda x: 2 * x + 0.1, s.params)) for s in (acted, state))
+    keys = driver.split_over(jax.random.key(3), worlds)
+    act = functools.partial(agent.act, acted)
+    _, rollout = driver.collect(env, act, steps, env.reset(jax.random.key(2)), keys, agent.noise)
+    rollout = rollout._replace(
+        reward=jax.random.normal(jax.random.key(4), (steps, worlds)),
+        terminated=jax.random.bernoulli(jax.random.key(5), 0.2, (steps, worlds)),
+        truncated=jnp.zeros((steps, worlds), bool),
+    )
+    new, told = agent.update(state, rollout, jax.random.key(6))
+    assert 0.1 < told["clip_fraction"] < 0.9
+    ours = jax.tree.map(jnp.subtract, state.params, new.params)
+
+    def cut(x):
+        """[steps, worlds, ...] -> [windows, window, ...]."""
+        return jnp.moveaxis(x.reshape(-1, window, *x.shape[1:]), 2, 1).reshape(-1, window, *x.shape[2:])
+
+    def converted(params):
+        def one(layers):
+            names = {"out": f"hidden_{len(layers) - 1}"}
+            return {"params": {names.get(name, name): layer for name, layer in layers.items()}}
+
+        return losses.PPONetworkParams(*(one(params[name]["params"]) for name in ("policy", "value")))
+
+    theirs = networks.make_ppo_networks(
+        env.obs.shape[-1], 2, policy_hidden_layer_sizes=(8, 8), value_hidden_layer_sizes=(16,)
+    )
+    raw, outputs = rollout.info["raw"], rollout.info["outputs"]
+    data = types.Transition(
+        *map(cut, (rollout.obs, rollout.action, rollout.reward, 1.0 - rollout.terminated, rollout.next_obs)),
+        extras={
+            "state_extras": {"truncation": cut(jnp.zeros((steps, worlds)))},
+            "policy_extras": {
+                "raw_action": cut(raw),
+                "log_prob": cut(theirs.parametric_action_distribution.log_prob(outputs, raw)),
+                "distribution_params": cut(outputs),
+            },
+        },
+    )
+
+    def loss(params, key):
+        return losses.compute_ppo_loss(
+            params, None, data, key, theirs, entropy, discount, gae_lambda=1.0, clipping_epsilon=0.2
+        )[0]
+
+    keys = jax.random.split(jax.random.key(7), 4000 if entropy else 1)
+    want = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))(converted(state.params), keys)
+    error = 4 / np.sqrt(len(keys)) if entropy else 0.0
+
+    def compare(have, want):
+        # Deviations are large here, where the quadrature of the entropy is a little off.
+        rtol, atol = 0.02 if entropy else 1e-3, 1e-5 + error * want.std(0).max()
+        np.testing.assert_allclose(have, want.mean(0), rtol=rtol, atol=atol)
+
+    jax.tree.map(compare, converted(ours), want)

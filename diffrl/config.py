@@ -16,7 +16,8 @@ and is then driven by
 The first mode makes a run, and so does each of `makers`, in a workdir of its own.  Its base is the `--preset` if one is
 given, else what the workdir has saved, else the first preset; flags replace single leaves of it, and
 `<workdir>/config.json` saves the whole.  A resume with another config says what differs and stops, unless the leaf is
-`free` or `--accept_changes` is given.  The other modes start from what the run has saved, and save nothing.
+`free` or `--accept_changes` is given; one that the experiment refuses before it has done anything leaves no trace.  The
+other modes start from what the run has saved, and save nothing.
 
 ml_collections' config_flags reads the values; names, None, the types inside tuples and the limits of leaves are
 checked here, so that every mistake is one line.
@@ -24,6 +25,7 @@ checked here, so that every mistake is one line.
 
 import copy
 import errno
+import hashlib
 import os
 import pathlib
 import sys
@@ -46,6 +48,7 @@ from diffrl.config_tree import (
     from_dict,
     leaves,
     read,
+    restore,
     save,
     set_leaf,
     to_dict,
@@ -54,6 +57,7 @@ from diffrl.errors import UserError
 
 __all__ = ["Run", "differences", "from_dict", "leaf", "leaves", "parse", "read", "run", "save", "to_dict"]
 
+_TOLD = 5  # differences in a message, at most
 _ROOM = "make room or choose another --workdir"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
@@ -122,6 +126,8 @@ def parse(
     own = f"_{top.mode}" if makes and top.mode != modes[0] else ""
     workdir = pathlib.Path(os.path.expanduser(top.workdir or f"runs/{name}/{top.preset or next(iter(presets))}{own}"))
     saved = read(workdir)
+    if saved is not None and saved["experiment"] not in ("", name):
+        raise UserError(f"{workdir} holds a run of {saved['experiment']}, this is {name}: choose another --workdir")
     if not makes:
         _must_hold_run(workdir, saved, top.preset, modes[0])
 
@@ -135,14 +141,17 @@ def parse(
         config = _override(config, path, text)
     for path, found in leaves(config).items():
         if not is_within(found.value, found.limits):
-            raise UserError(f"--config.{path}={plain(found.value)}: expected {in_words(found.limits)}")
+            raise UserError(
+                f"--config.{path}={plain(found.value)}: expected {in_words(found.limits) or 'a finite number'}"
+            )
 
     changes = differences(saved["config"], to_dict(config)) if saved is not None else {}
     free = {path for path, leaf in leaves(config).items() if leaf.free}
-    grave = "; ".join(f"{path}: {change}" for path, change in changes.items() if path not in free)
+    grave = [f"{path}: {change}" for path, change in changes.items() if path not in free]
     if grave and makes and not top.accept_changes:
+        more = [f"and {len(grave) - _TOLD} more"] if len(grave) > _TOLD else []
         raise UserError(
-            f"{workdir} was made with another config ({grave}): "
+            f"{workdir} was made with another config ({'; '.join(grave[:_TOLD] + more)}): "
             "choose another --workdir, or go on with --accept_changes"
         )
     return config, Run(workdir, top.mode, preset, saved is not None), changes
@@ -169,18 +178,36 @@ def _run(
     if setup is not None:
         setup()
     _enable_compilation_cache()
+    makes = started.mode in (modes[0], *makers) and (changes or not started.resumed)
     try:
         if jax.process_index() == 0:
             for path, change in changes.items():
                 print(f"config.{path}: {change}", file=sys.stderr)
-            if started.mode in (modes[0], *makers) and (changes or not started.resumed):
-                save(started.workdir, started.preset, config)
-        main(config, started)
+        if not makes or jax.process_index() != 0:
+            main(config, started)
+            return
+        kept = save(started.workdir, started.preset, config, name)
+        before = _contents(started.workdir)
+        try:
+            main(config, started)
+        except UserError:
+            if _contents(started.workdir) == before:  # refused: the same command without the mistake is to work
+                restore(started.workdir, kept)
+            raise
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
         where = error.filename or started.workdir
         raise UserError(f"{where}: {error.strerror}; {_REMEDIES[error.errno]}") from error
+
+
+def _contents(workdir: pathlib.Path) -> dict[str, str]:
+    """What a run has saved, in a word for each file; locks and empty files say nothing."""
+    found = {}
+    for path in workdir.rglob("[!.]*"):
+        if path.parent.name != "tensorboard" and path.is_file() and path.stat().st_size:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest() if path.suffix == ".jsonl" else ""
+    return found
 
 
 def _exit(line: str, status: int) -> typing.NoReturn:
@@ -228,6 +255,8 @@ def _top_flags(argv: Sequence[str], presets: Presets, modes: Sequence[str]) -> t
     _one_of("--mode", top.mode, modes)
     if top.preset is not None:
         _one_of("--preset", top.preset, list(presets))
+    if top.workdir == "":
+        raise UserError("--workdir is empty: give a folder, or leave it out")
     if "://" in (top.workdir or ""):
         raise UserError(f"--workdir={top.workdir}: not a folder; mount the bucket and give the path")
     return top, rest

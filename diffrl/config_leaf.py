@@ -1,6 +1,7 @@
 """One leaf of a config: a dataclass field with a line of help and the numbers that it takes; any room may use it."""
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -28,9 +29,10 @@ def leaf(
 
 
 def is_within(value: Any, limits: Mapping[str, float]) -> bool:
-    """Whether a leaf's value keeps its limits; not-a-number keeps none."""
-    numbers = value if isinstance(value, tuple) else (value,)
-    return all(_HOLDS[words](x, limit) for x in numbers if x is not None for words, limit in limits.items())
+    """Whether a leaf's value keeps its limits; what is not finite keeps none, not even no limits."""
+    given = [x for x in (value if isinstance(value, tuple) else (value,)) if x is not None]
+    finite = all(math.isfinite(x) for x in given if isinstance(x, float))
+    return finite and all(_HOLDS[words](x, limit) for x in given for words, limit in limits.items())
 
 
 def in_words(limits: Mapping[str, float]) -> str:

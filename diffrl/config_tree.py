@@ -107,29 +107,39 @@ def fits(value: Any, hint: Any) -> bool:
     return type(value) is hint or (hint is float and type(value) is int)
 
 
-def save(workdir: pathlib.Path, preset: str, config: Any) -> None:
-    """Write `<workdir>/config.json` atomically; the one that was there is kept as `config.<n>.json`.
+def save(workdir: pathlib.Path, preset: str, config: Any, experiment: str = "") -> pathlib.Path | None:
+    """Write `<workdir>/config.json` atomically; the one that was there is kept as `config.<n>.json`, which is returned.
 
     Raises:
       UserError: where the workdir cannot be made.
       OSError: where the file cannot be written.
     """
-    path = workdir / FILE
+    path, before = workdir / FILE, None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{workdir}: {error.strerror}; choose another --workdir") from error
     if path.exists():
         kept = (path.with_name(f"config.{n}.json") for n in itertools.count(1))
-        shutil.copy2(path, next(file for file in kept if not file.exists()))
+        before = next(file for file in kept if not file.exists())
+        shutil.copy2(path, before)
     versions = {"diffrl": diffrl.__version__, "jax": jax.__version__, "python": platform.python_version()}
-    tree = {"preset": preset, "config": to_dict(config), "versions": versions}
+    tree = {"experiment": experiment, "preset": preset, "config": to_dict(config), "versions": versions}
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(json.dumps(tree, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    return before
+
+
+def restore(workdir: pathlib.Path, kept: pathlib.Path | None) -> None:
+    """Undoes `save`, which returned `kept`."""
+    if kept is None:
+        (workdir / FILE).unlink()
+    else:
+        kept.replace(workdir / FILE)
 
 
 def read(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -147,4 +157,4 @@ def read(workdir: pathlib.Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: cannot be read ({error}); mend it or choose another --workdir") from error
     if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
         raise UserError(f"{path}: holds no config; mend it or choose another --workdir")
-    return {"preset": "", **saved}
+    return {"preset": "", "experiment": "", **saved}

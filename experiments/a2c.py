@@ -53,6 +53,7 @@ class Config:
 
 def build(config: Config, env: Environment) -> Agent:
     settings = config.a2c
+    policies.check(config.net, env, Config().net)
     updates = max(1, config.run.steps // (settings.unroll * config.world.num))
     rate = optax.linear_schedule(settings.learning_rate, 0.0, updates) if settings.anneal else settings.learning_rate
     return a2c(

@@ -7,7 +7,8 @@ Every worker steps a world of its own on the host, differentiates A2C's loss in 
 changes the shared ones in place.  How late gradients are is counted.
 
 Writes metrics.jsonl, curve.png, staleness.png (by how many updates gradients were late), results.json and video.gif.
-The same command again goes on from the last evaluation; with threads a run is never the same twice.
+The same command again goes on from the last evaluation, or from where a signal ended it; with threads a run is never
+the same twice.
 Expected: CartPole above 400 within 400k steps.
 """
 
@@ -30,9 +31,11 @@ from diffrl.recipes.policies import NetConfig
 from diffrl.recipes.reinforcement import RunConfig
 from diffrl.recipes.worlds import WorldConfig
 from diffrl.rl import evaluation
+from diffrl.rl.agent import Transition
 from diffrl.rl.agents import a2c, a3c
 from diffrl.rl.agents.a3c import Result
 from diffrl.rl.asynchronous import RMSProp, Staleness
+from diffrl.train import loop
 from diffrl.train.checkpoint import Checkpoints
 from diffrl.train.writers import Writers
 
@@ -63,9 +66,13 @@ class Config:
 
 
 def train(config: Config, workdir: pathlib.Path) -> Result:
-    """Runs the workers to the end, from the last evaluation that was saved."""
+    """Runs the workers to the end, from the last evaluation that was saved.
+
+    Raises UserError where parameters have overflowed; nothing of it is saved.
+    """
     settings, run = config.a3c, config.run
     env = worlds.vector(worlds.whole(config.world), run.episodes)
+    policies.check(config.net, env, Config().net)
     network, family = policies.actor_critic(config.net, env), policies.distribution(config.net, env)
     greedy = a2c.a2c(network, family, optax.identity())
     score = jax.jit(evaluation.evaluate(env, greedy, 10**9, run.explore))
@@ -81,6 +88,11 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
 
         def evaluate(result: Result) -> None:
             steps = int(result.state.steps)
+            if not all(np.isfinite(x).all() for x in jax.tree.leaves((result.state.params, result.state.square))):
+                raise UserError(
+                    f"the parameters are not finite after {steps} steps: lower --config.a3c.learning_rate; "
+                    f"{checkpoints.folder} holds what was saved before"
+                )
             returns = score(result.state, jax.random.fold_in(jax.random.key(config.seed + 1), steps)).episode_return
             recent = [total for _, total in result.episodes[-20:]]
             told = {"episode_return": float(np.mean(recent))} if recent else {}
@@ -90,31 +102,39 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             bar.update(steps - bar.n)
             bar.set_postfix({"return": f"{float(returns.mean()):.1f}", "late by": f"{result.staleness.mean:.2f}"})
 
-        objective = functools.partial(
+        loss = functools.partial(
             a2c.loss,
             discount=settings.discount,
             lam=settings.lam,
             entropy=settings.entropy,
             value_weight=settings.value_weight,
         )
-        result = a3c.train(
-            lambda _: worlds.on_host(config.world),
-            network,
-            family,
-            steps=run.steps,
-            workers=settings.workers,
-            unroll=settings.unroll,
-            optimizer=RMSProp(settings.learning_rate, settings.decay, settings.eps, True, settings.clip_norm),
-            objective=objective,
-            seed=config.seed,
-            start=start,
-            callback=evaluate,
-            every=max(1, run.steps // run.evaluations),
-        )
-        checkpoints.wait()  # for the one that may be under way
-        if int(result.state.steps) not in checkpoints.steps():
-            evaluate(result)
-        bar.close()
+
+        def of_signs(params: Any, rollout: Transition, *rest: Any) -> Any:
+            return loss(params, rollout._replace(reward=jax.numpy.sign(rollout.reward)), *rest)
+
+        with loop.Signals() as signals:
+            result = a3c.train(
+                lambda _: worlds.on_host(config.world),
+                network,
+                family,
+                steps=run.steps,
+                workers=settings.workers,
+                unroll=settings.unroll,
+                optimizer=RMSProp(settings.learning_rate, settings.decay, settings.eps, True, settings.clip_norm),
+                objective=of_signs if worlds.learns_from_signs(config.world) else loss,
+                seed=config.seed,
+                start=start,
+                callback=evaluate,
+                every=max(1, run.steps // run.evaluations),
+                stopping=lambda: bool(signals.received(0)),
+            )
+            checkpoints.wait()  # for the one that may be under way
+            if int(result.state.steps) not in checkpoints.steps():
+                evaluate(result)
+            bar.close()
+            if int(result.state.steps) < run.steps:
+                raise loop.stopped(signals.received(0), int(result.state.steps), checkpoints)
         return result
     finally:
         writers.close()
@@ -148,19 +168,21 @@ def finish(config: Config, workdir: pathlib.Path, result: Result) -> None:
     state: Any = jax.tree.map(jax.numpy.asarray, result.state)
     seen = jax.jit(evaluation.evaluate(env, agent, 10**9, config.run.explore))(state, jax.random.key(config.seed + 2))
     final = float(seen.episode_return.mean())
-    measured = {
-        "return": final,
-        "env_steps": int(result.state.steps),
-        "updates": int(result.state.updates),
+    # What is known of the threads is of the last call in which they had something to do.
+    threads = {
         "staleness_mean": result.staleness.mean,
         "staleness_max": result.staleness.max,
         "steps_per_s": result.steps_per_s,
     }
+    if not result.staleness.histogram.sum():
+        before = results.load(workdir / "results.json", threads)
+        threads = {name: before.get(name, value) for name, value in threads.items()}
+    measured = {"return": final, "env_steps": int(result.state.steps), "updates": int(result.state.updates), **threads}
     results.save(workdir / "results.json", measured)
     print(f"return of the final policy, {config.run.final_episodes} episodes: {final:.1f}")
     print(
-        f"{result.steps_per_s:.0f} steps/s by {config.a3c.workers} workers, gradients late by "
-        f"{result.staleness.mean:.2f} updates, at most {result.staleness.max}; everything lies in {workdir}"
+        f"{threads['steps_per_s']:.0f} steps/s by {config.a3c.workers} workers, gradients late by "
+        f"{threads['staleness_mean']:.2f} updates, at most {threads['staleness_max']}; everything lies in {workdir}"
     )
     if config.run.video and not worlds.is_host(config.world):
         reinforcement.show(config.world, agent, state, workdir, config.seed)
@@ -169,6 +191,12 @@ def finish(config: Config, workdir: pathlib.Path, result: Result) -> None:
 def main(config: Config, run: config_lib.Run) -> None:
     if config.run.seeds != 1:
         raise UserError(f"--config.run.seeds={config.run.seeds}: threads run one seed; use --config.seed for others")
+    if config.world.num != 1:
+        raise UserError(f"--config.world.num={config.world.num}: a thread has one world; use --config.a3c.workers")
+    if config.run.checkpoint_every != 1:
+        raise UserError(
+            f"--config.run.checkpoint_every={config.run.checkpoint_every}: every evaluation is saved; choose 1"
+        )
     result = train(config, run.workdir)
     finish(config, run.workdir, result)
 

@@ -117,11 +117,16 @@ def build(config: Config, env: Environment) -> Agent:
     settings = config.dqn
     if env.actions.num is None:
         raise UserError(f"--config.world.name={config.world.name} takes vectors, and DQN numbered actions: use PPO")
+    policies.check(config.net, env, Config().net, ("value", "out_scale"))
     if policies.is_picture(env):
         module = policies.torso(env, env.actions.num, settings.dueling)
+    elif settings.dueling:
+        raise UserError(
+            f"--config.dqn.dueling=True: {config.world.name} shows vectors, and only pictures' networks duel"
+        )
     else:
         widths, activation = config.net.policy, policies.activation(config.net.activation)
-        module = perceptron.Perceptron(env.actions.num, widths, activation)
+        module = perceptron.Perceptron(env.actions.num, widths, activation, orthogonal=config.net.orthogonal)
     rounds = max(1, (config.run.steps - settings.start) // (settings.unroll * config.world.num))
     updates = rounds * settings.updates
     rate = optax.linear_schedule(settings.learning_rate, 0.0, updates) if settings.anneal else settings.learning_rate

@@ -16,7 +16,7 @@ Runs `python -m experiments.EXPERIMENT FLAGS ...` on the chosen devices of this 
   --dry-run           print the command instead of running it
 
 environment:
-  PYTHON                          the interpreter (python)
+  PYTHON                          the interpreter (.venv/bin/python here if there is one, else python)
   XLA_PYTHON_CLIENT_MEM_FRACTION  the share of a GPU's memory that JAX takes at the start (0.9)
 
 example: launch/local.sh --devices=gpu:0,1 ddpm --preset=cifar10 --config.optim.learning_rate=3e-4
@@ -46,7 +46,7 @@ done
 
 name=$1
 shift
-if [[ ! -f $root/experiments/$name.py ]]; then
+if [[ ! $name =~ ^[a-z][a-z0-9_]*$ || ! -f $root/experiments/$name.py ]]; then
   known=$(cd "$root/experiments" && printf '%s\n' *.py | sed -n 's/^\([a-z].*\)\.py$/\1/p' | paste -sd' ')
   die "no experiment $name; there are: $known"
 fi
@@ -73,7 +73,13 @@ case $devices in
   *) die "--devices=$devices: expected auto, cpu, cpu:COUNT, gpu or gpu:INDEX,INDEX" ;;
 esac
 
-command=(env "${settings[@]}" "${PYTHON:-python}" -m "experiments.$name" "$@")
+python=${PYTHON:-python}
+if [[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]]; then
+  python=$root/.venv/bin/python
+fi
+command -v "$python" > /dev/null || die "no $python here: set PYTHON to the interpreter that diffrl is installed for"
+
+command=(env "${settings[@]}" "$python" -m "experiments.$name" "$@")
 if [[ $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo

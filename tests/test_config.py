@@ -57,7 +57,7 @@ def _in_tmp(tmp_path, monkeypatch):
 
 
 def parse(*argv):
-    return config_lib.parse(argv, PRESETS, MODES, "toy")
+    return config_lib.parse(argv, PRESETS, MODES, "test_config")
 
 
 def launch(*argv, main=None, setup=None):
@@ -139,10 +139,13 @@ def test_a_flag_sets_its_leaf_and_no_other(argv, leaf, value):
         (["--config.crop=(1,2,3)"], "expected tuple[int, int] | None"),
         (["--config.optim=3"], "--config.optim is a section"),
         (["--config=3"], "--config is a section"),
+        (["--config.optim.learning_rate=nan"], "--config.optim.learning_rate=nan: expected a finite number"),
+        (["--config.optim.learning_rate=inf"], "expected a finite number"),
         (["--config.steps"], "a value is missing, as in --config.steps=100"),
         (["--preset"], "--preset"),
+        (["--workdir="], "--workdir is empty"),
         (["--workdir=gs://bucket/run"], "--workdir=gs://bucket/run: not a folder"),
-        (["--mode=sample"], "runs/toy/base: no run here"),
+        (["--mode=sample"], "runs/test_config/base: no run here"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it_and_the_remedy(argv, says):
@@ -213,6 +216,45 @@ def test_a_resume_with_another_config_stops_until_it_is_accepted(tmp_path, capsy
     assert "config.optim.learning_rate: 0.001 saved, 0.5 now" in capsys.readouterr().err
     assert (tmp_path / "w/config.1.json").read_text() == before
     assert json.loads((tmp_path / "w/config.json").read_text())["config"]["optim"]["learning_rate"] == 0.5
+
+
+def test_what_is_refused_leaves_no_trace(tmp_path):
+    """Neither in a workdir that is new nor in one that holds a run; what has done something stays."""
+
+    def refuse(config, run):
+        (run.workdir / "checkpoints").mkdir(exist_ok=True)
+        (run.workdir / "metrics.jsonl").touch()
+        if config.note == "late":
+            (run.workdir / "metrics.jsonl").write_text("{}")
+        raise UserError(f"no data set {config.note}")
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            launch("--workdir=w", "--config.note=typo", main=refuse)
+        assert config_lib.read(tmp_path / "w") is None
+    launch("--workdir=w")
+    before = (tmp_path / "w/config.json").read_text()
+    with pytest.raises(SystemExit):
+        launch("--workdir=w", "--config.steps=7", "--config.note=typo", "--accept_changes", main=refuse)
+    assert (tmp_path / "w/config.json").read_text() == before
+    assert [path.name for path in (tmp_path / "w").glob("config*")] == ["config.json"]
+    with pytest.raises(SystemExit):
+        launch("--workdir=w", "--config.note=late", "--accept_changes", main=refuse)
+    assert json.loads((tmp_path / "w/config.json").read_text())["config"]["note"] == "late"
+
+
+@pytest.mark.parametrize("more", [[], ["--accept_changes"], ["--mode=sample"]])
+def test_the_workdir_of_another_experiment_is_refused(tmp_path, more):
+    config_lib.save(tmp_path / "w", "digits", Config(), "ddpm")
+    with pytest.raises(UserError, match=r"^w holds a run of ddpm, this is test_config: choose another"):
+        parse("--workdir=w", *more)
+
+
+def test_many_differences_are_cut_short():
+    launch("--workdir=w")
+    flags = ["note=x", "flip=False", "folder=y", "limit=1", "names=('z',)", "mults=(3,)", "crop=(1,1)"]
+    with pytest.raises(UserError, match="; and 2 more\\)"):
+        parse("--workdir=w", *(f"--config.{flag}" for flag in flags))
 
 
 def test_another_preset_in_the_same_workdir_is_a_difference():

@@ -106,6 +106,20 @@ def test_local_keeps_what_the_environment_says(house):
     assert cpu["XLA_FLAGS"] == "--xla_dump_to=d --xla_force_host_platform_device_count=2"
 
 
+def test_local_finds_the_interpreter(house):
+    """The one in .venv, as README makes it, unless the environment names another; none at all is one line."""
+    own = house / "house" / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    shutil.copy(house / "bin" / "python", own)
+    shown = launch(house, "local.sh", "--dry-run", "toy")
+    assert shlex.split(shown.stdout)[-3:] == [str(own), "-m", "experiments.toy"]
+    shown = launch(house, "local.sh", "--dry-run", "toy", PYTHON="python3")
+    assert shlex.split(shown.stdout)[-3:] == ["python3", "-m", "experiments.toy"]
+    missing = launch(house, "local.sh", "toy", PYTHON="python7")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "no python7 here: set PYTHON" in missing.stderr
+
+
 def test_local_dry_run_prints_the_command_and_runs_nothing(house):
     shown = launch(house, "local.sh", "--dry-run", "--devices=gpu:1", "toy", *NASTY)
     assert shlex.split(shown.stdout)[-3 - len(NASTY) :] == ["python", "-m", "experiments.toy", *NASTY]

@@ -104,7 +104,10 @@ def test_a3c_goes_on(tmp_path):
     first = json.loads((tmp_path / "results.json").read_text())
     assert 600 <= first["env_steps"] < 800
     run(a3c, tmp_path, "--config.run.steps=1200", "--accept_changes")
-    assert json.loads((tmp_path / "results.json").read_text())["env_steps"] >= 1200
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["env_steps"] >= 1200
+    run(a3c, tmp_path)  # has nothing to do, and forgets nothing
+    assert json.loads((tmp_path / "results.json").read_text()) == found
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,12 @@ def test_a3c_goes_on(tmp_path):
         (dqn, ["--config.dqn.groups=3", *ONE], "groups=3 does not divide 8 worlds"),
         (dqn, ["--config.dqn.groups=4", *ONE, *FEW], "4 groups of worlds cannot be split over 8 devices"),
         (trpo_vs_ppo, ["--config.contest.agents=('tpo',)"], "did you mean 'trpo'?"),
+        (dqn, ["--config.net.value=(8,)", *ONE], "net.value=(8,) says nothing of the algorithm: leave it at (64, 64)"),
+        (dqn, ["--config.dqn.dueling"], "only pictures' networks duel"),
+        (ppo, ["--config.net.squash"], "says nothing of numbered actions"),
         (a3c, ["--config.run.seeds=3"], "threads run one seed"),
+        (a3c, ["--config.world.num=3"], "a thread has one world"),
+        (a3c, ["--config.a3c.learning_rate=1e30", *TINY], "the parameters are not finite"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, experiment, flags, words):

@@ -84,7 +84,7 @@ def _prepare(builder: Any, name: str, where: str) -> Any:
     """Fetches and converts the set, once; returns the builder."""
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"tfds:{name} is not prepared in {where}: pip install 'diffrl[tfds]' to prepare it once, "
+            f"tfds:{name} is not prepared in {where}: pip install -e '.[tfds]' to prepare it once, "
             "or point --config.data.dir at a prepared one"
         )
     try:

@@ -232,7 +232,7 @@ def _open_torch(path: pathlib.Path) -> Weights:
     try:
         import torch
     except ImportError:
-        raise UserError(f"reading {path.name} needs torch; pip install 'diffrl[oracles]'") from None
+        raise UserError(f"reading {path.name} needs torch; pip install -e '.[oracles]'") from None
     try:
         # Files of old versions of torch are no zips, and cannot be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -1,6 +1,5 @@
 """The modes of an experiment that is a diffusion model of images: train, sample, eval."""
 
-import json
 import math
 from typing import Any
 
@@ -28,6 +27,7 @@ def train(session: images.Session) -> None:
     """Trains, draws the final grid and scores it."""
     # Whatever the end needs is checked before the training, not after it.
     scores.check(session.config.eval, session.source)
+    images.check_averages(session.config)
     held_out = judging.held_out_source(session)
     key = jax.random.key(session.config.sample.seed)
     generate = session.generator(key)
@@ -79,7 +79,7 @@ def score(session: images.Session, current: TrainState, held_out: Source | None,
         measured |= bits.exact(session, params, held_out)
     if jax.process_index() == 0:
         path = session.workdir / "eval.json"
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = results.load(path, {})
         known = before if before.get("step") == measured["step"] else {}
         results.save(path, known | {name: _finite(value) for name, value in measured.items()})
     print(scores.report(measured))

@@ -147,6 +147,7 @@ def make_generator(
     grid = denoising.make_grid(model.diffusion, config.sample, config.diffusion.table_steps)
     # Only pixels are known to lie in [-1, 1].
     settings = config.sample if codec is None else dataclasses.replace(config.sample, clip=False)
+    denoising.make_sampler(model.diffusion, settings, model.apply, model.num_classes)  # if it cannot be, here and now
 
     @jax.jit
     def chunk(params, coding, part):
@@ -239,6 +240,14 @@ def restored_state(session: Session) -> TrainState:
     if restored is None:
         raise UserError(f"{session.workdir} has no checkpoint yet: train first (--mode=train)")
     return restored[0]
+
+
+def check_averages(config: ImageConfig) -> None:
+    """Raises UserError for an average to draw with that training will not have kept."""
+    if config.sample.ema_width and not config.train.profiles_every:
+        raise UserError(
+            f"--config.sample.ema_width={config.sample.ema_width} needs snapshots: set --config.train.profiles_every"
+        )
 
 
 def averaged(session: Session, current: TrainState) -> Any:

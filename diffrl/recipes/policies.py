@@ -1,7 +1,7 @@
 """Networks of agents for what an environment shows and takes: perceptrons for vectors, convolutions for pictures."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ class NetConfig:
     value: tuple[int, ...] = leaf((64, 64), "widths of the value's hidden layers", at_least=1)
     activation: str = leaf("tanh", "tanh, relu, silu, elu")
     orthogonal: bool = leaf(True, "orthogonal kernels, else LeCun's")
+    out_scale: float = leaf(0.01, "gain of the policy's last kernel; a small one begins undecided", above=0)
     squash: bool = leaf(False, "continuous actions are tanh of a normal, else a clipped normal")
     free_std: bool = leaf(True, "the deviations of continuous actions do not depend on the observation")
 
@@ -56,6 +57,24 @@ def distribution(config: NetConfig, env: Environment) -> Distribution:
     return distributions.of(env.actions, config.squash)
 
 
+def check(config: NetConfig, env: Environment, usual: NetConfig, unused: Sequence[str] = ()) -> None:
+    """Raises UserError for a flag that was changed and says nothing here.
+
+    Args:
+        usual: the experiment's own.
+        unused: fields of no use to the algorithm; those of no use to these observations or actions are known.
+    """
+    reasons = dict.fromkeys(unused, "the algorithm")
+    if env.actions.num is not None:
+        reasons |= dict.fromkeys(("squash", "free_std"), "numbered actions")
+    if is_picture(env):
+        reasons |= {field.name: "pictures" for field in dataclasses.fields(NetConfig) if field.name not in reasons}
+    for name, reason in reasons.items():
+        value, wanted = getattr(config, name), getattr(usual, name)
+        if value != wanted:
+            raise UserError(f"--config.net.{name}={value} says nothing of {reason}: leave it at {wanted}")
+
+
 def is_picture(env: Environment) -> bool:
     """Whether a vectorised environment shows [H, W, C]."""
     return len(env.obs.shape) == 4
@@ -67,7 +86,8 @@ def policy(config: NetConfig, env: Environment) -> Network:
     continuous = env.actions.num is None
     options: dict[str, Any] = {"activation": activation(config.activation), "orthogonal": config.orthogonal}
     free = size // 2 if continuous and config.free_std else 0
-    return network(perceptron.Perceptron(size, config.policy, out_scale=0.01, free_std=free, **options), env)
+    module = perceptron.Perceptron(size, config.policy, out_scale=config.out_scale, free_std=free, **options)
+    return network(module, env)
 
 
 def value(config: NetConfig, env: Environment) -> Network:

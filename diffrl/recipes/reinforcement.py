@@ -37,7 +37,8 @@ class RunConfig:
     """How long, how often and how many.
 
     Attributes:
-        steps: of the environment, all worlds of a seed together, exploration before the first update included.
+        steps: of the environment, all worlds of a seed together, exploration before the first update included; an
+            action that is repeated counts once.
     """
 
     steps: int = leaf(100_000, "environment steps of each seed", at_least=1)
@@ -148,7 +149,7 @@ def train(session: Session) -> Any:
         current = mesh.place_run(session.devices, fresh, population.axes)
         current = loop.resume(checkpoints, current, None, writers)
         if worlds.is_host(session.world):
-            current = current._replace(world=fresh.world)  # it was not saved: its episodes begin anew
+            current = population.renew(current, fresh.world)  # they were not saved: their episodes begin anew
         print(describe(session, current, todo), file=sys.stderr)
         score = evaluation_hook(session, todo, writers)
         if not int(current.step):

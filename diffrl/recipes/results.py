@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,8 +30,20 @@ def whole(path: pathlib.Path) -> Iterator[Any]:
 
 
 def load(path: pathlib.Path, default: Any) -> Any:
-    """What `save` wrote there, or `default`."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """What `save` wrote there, or `default`.
+
+    A file that is not JSON is set aside as `<name>.damaged`, with a word on stderr.
+    """
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        aside = path.with_name(f"{path.name}.damaged")
+        print(f"{path} cannot be read: kept as {aside.name}, and measured anew", file=sys.stderr)
+        if jax.process_index() == 0:
+            path.replace(aside)
+        return default
 
 
 def save(path: pathlib.Path, results: Any) -> None:

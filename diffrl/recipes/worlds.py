@@ -29,7 +29,7 @@ class WorldConfig:
     Attributes:
         name: one of our own, or a library's, as in brax:ant, playground:CheetahRun, minatar:breakout,
             gymnax:Catch-bsuite, gym:LunarLander-v3, atari:pong.
-        episode_length: of brax's worlds; the others know theirs.
+        episode_length: of brax's and playground's worlds, and of Gymnasium's without a limit; the others know theirs.
         training_length: where what is to be learned happens at an episode's beginning, as with a pole that falls in a
             second and then lies there for the rest of a thousand steps, training may go back to it sooner.  The cut is
             a truncation; evaluations have whole episodes.
@@ -37,7 +37,7 @@ class WorldConfig:
 
     name: str = leaf("cartpole", NAMES)
     num: int = leaf(8, "worlds side by side, of each seed", at_least=1)
-    episode_length: int = leaf(1000, "steps after which brax's and playground's episodes are cut", at_least=1)
+    episode_length: int = leaf(1000, "steps after which episodes without a limit of their own are cut", at_least=1)
     training_length: int = leaf(0, "steps after which training's episodes are cut; 0: as evaluation's", at_least=0)
     action_repeat: int = leaf(1, "steps that every action is held", at_least=1)
     frames: int = leaf(1, "observations stacked along the last axis", at_least=1)
@@ -47,6 +47,11 @@ class WorldConfig:
 def is_host(config: WorldConfig) -> bool:
     """Whether the world lives outside jax: it runs one seed, and starts anew when a run is taken up again."""
     return config.name.partition(":")[0] in ("gym", "atari")
+
+
+def learns_from_signs(config: WorldConfig) -> bool:
+    """Whether an agent is to learn from the signs of rewards, as it is usual with Atari's points."""
+    return config.name.startswith("atari:")
 
 
 def whole(config: WorldConfig) -> WorldConfig:
@@ -60,7 +65,7 @@ def on_host(config: WorldConfig) -> HostWorld:
         return host.from_environment(_cut(config))
     _check_host(config)
     prefix, _, rest = config.name.partition(":")
-    return host.atari_world(rest) if prefix == "atari" else host.gymnasium_world(rest)
+    return host.atari_world(rest) if prefix == "atari" else host.gymnasium_world(rest, config.episode_length)
 
 
 def single(config: WorldConfig) -> Environment:
@@ -123,5 +128,8 @@ def _host_vector(config: WorldConfig, num: int, discount: float | None, reward_s
         raise UserError(f"rewards of {config.name}, which runs on the host, cannot be normalised: scale them instead")
     _check_host(config)
     prefix, _, rest = config.name.partition(":")
-    env = host.atari(rest, num, clip=True) if prefix == "atari" else host.gymnasium_vector(rest, num)
+    if prefix == "atari":
+        env = host.atari(rest, num, clip=learns_from_signs(config))
+    else:
+        env = host.gymnasium_vector(rest, num, limit=config.episode_length)
     return wrappers.scale_reward(env, reward_scale) if reward_scale != 1 else env

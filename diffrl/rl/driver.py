@@ -3,7 +3,8 @@
 A `Driver` is init(key) -> Run and step(run) -> (run, metrics), both pure: `jax.lax.scan` over `step` is a training
 loop without a host, `many` and `seeds` make a population of it, and a `Run` that is saved and restored goes on bit for
 bit, for it holds the worlds, the buffer and the key as well.  The key never changes; update n draws from
-fold_in(key, n), and world i of it from fold_in of that, so that no device count enters.
+fold_in(key, n), and world i of it from fold_in of that, so that no device count enters.  What comes before the first
+update draws from the last number that n could be.
 """
 
 import enum
@@ -19,6 +20,7 @@ from diffrl.rl.environment import Environment, State
 
 Array = jax.Array
 Act = Callable[[Any, Any], tuple[Array, dict[str, Any]]]
+BEFORE = 2**32 - 1  # no step of a run, which are counted in int32
 
 
 class Run(NamedTuple):
@@ -57,6 +59,7 @@ class Driver(NamedTuple):
         env_steps_before: the same in `init`.
         axes: a Run whose fields say which axis of their arrays lies along the devices, or None: that which counts the
             worlds, or in a population that is split itself, the runs.
+        renew: (run, State of worlds that have just begun) -> the run in these: a restored one's, which no array holds.
     """
 
     init: Callable[[Array], Run]
@@ -64,6 +67,7 @@ class Driver(NamedTuple):
     env_steps: int
     env_steps_before: int
     axes: Run
+    renew: Callable[[Run, State], Run] = lambda run, world: run._replace(world=world)
 
 
 class PerShard(Protocol):
@@ -124,6 +128,11 @@ def key_of(run: Run, purpose: Purpose) -> Array:
     return jax.random.fold_in(jax.random.fold_in(run.key, run.step), purpose)
 
 
+def key_before(key: Array, purpose: Purpose) -> Array:
+    """The key of what a run with `key` does before its first step, which is that of no step."""
+    return jax.random.fold_in(jax.random.fold_in(key, BEFORE), purpose)
+
+
 def split_over(key: Array, num: int) -> Array:
     """[num] keys; the i-th does not depend on num."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num))
@@ -131,7 +140,7 @@ def split_over(key: Array, num: int) -> Array:
 
 def start(env: Environment, agent: Agent, key: Array) -> tuple[Any, State]:
     """A new agent and its worlds."""
-    first, second = (jax.random.fold_in(key, purpose) for purpose in (Purpose.INIT, Purpose.RESET))
+    first, second = (key_before(key, purpose) for purpose in (Purpose.INIT, Purpose.RESET))
     # A weakly typed leaf would come back from `step` strongly typed, and everything would be compiled twice.
     return jax.tree.map(lambda x: jnp.asarray(x, x.dtype), (agent.init(first), env.reset(second)))
 
@@ -198,7 +207,8 @@ def many(make: Callable[[Any], Driver], values: Any, per_shard: PerShard | None 
         return over(values, run) if per_shard is None else per_shard(over, (0, axes), (axes, 0))(values, run)
 
     inner = Run(*(None if axis is None else axis + 1 for axis in first.axes))
-    return Driver(init, step, first.env_steps, first.env_steps_before, inner if per_shard is None else axes)
+    renew = jax.vmap(first.renew, in_axes=(axes, 0), out_axes=axes)
+    return Driver(init, step, first.env_steps, first.env_steps_before, inner if per_shard is None else axes, renew)
 
 
 def seeds(driver: Driver, num: int, per_shard: PerShard | None = None) -> Driver:

@@ -73,8 +73,11 @@ def normalised(agent: Agent, obs: Any, *, observations: bool = True, rewards: bo
     """An on-policy agent that sees observations of mean 0 and deviation 1, and rewards in units of the return's.
 
     What it acted on and what it learns from are normalised by the same moments; a rollout's observations are merged
-    after the update, its returns before.  Rewards are divided by the deviation of the discounted return so far
-    (`wrappers.discounted_return`), as in the VecNormalize of OpenAI's baselines; they keep their mean.
+    after the update, its returns before.  The policy that acts next is therefore not quite the one that was learned, in
+    the first few updates above all, and a bound of the divergence is one of the update alone.  (brax merges before it
+    learns, and then learns from a policy that is not the one that acted.)  Rewards are divided by the deviation of the
+    discounted return so far (`wrappers.discounted_return`), as in the VecNormalize of OpenAI's baselines; they keep
+    their mean.
 
     Args:
         obs: of the environment, without the axis of worlds: a tree of floating-point jax.ShapeDtypeStruct.

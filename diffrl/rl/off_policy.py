@@ -66,7 +66,7 @@ def off_policy(
         example = jax.eval_shape(lambda world, action: _one(world, action), world, action)
         buffer = jax.vmap(lambda _: replay.init(example))(jnp.arange(groups))
         run = Run(jnp.zeros((), jnp.int32), key, state, world, driver.no_episode(), buffer)
-        first = jax.random.fold_in(key, Purpose.FILL)
+        first = driver.key_before(key, Purpose.FILL)
         fill = -(-start // (unroll * num))
         return jax.lax.fori_loop(0, fill, lambda i, run: explore(run, jax.random.fold_in(first, i)), run)
 
@@ -91,8 +91,11 @@ def off_policy(
         means = jax.tree.map(lambda x: x.mean(0), metrics)
         return run._replace(step=run.step + 1), {**means, **run.episode}
 
+    def renew(run: Run, world: State) -> Run:
+        return run._replace(world=world, buffer=jax.vmap(replay.interrupt)(run.buffer))
+
     before = -(-start // (unroll * num)) * unroll * num
-    return Driver(init, step, unroll * num, before, Run(None, None, None, 0, None, 0))
+    return Driver(init, step, unroll * num, before, Run(None, None, None, 0, None, 0), renew)
 
 
 def _one(world: State, action: Array) -> Transition:

@@ -37,12 +37,15 @@ class Replay(NamedTuple):
             not normalised: agents divide by the largest of a batch) and `index`.  Before there are n_step rows the
             returns are of fewer steps.
         prioritise: (state, index [batch], priority [batch]) -> state: before anything else is added.
+        interrupt: state -> state, where worlds have begun anew unseen: what is newest was the last of its episode, as a
+            truncation; returns of several steps would else run on into the next one.
     """
 
     init: Callable[[Transition], Any]
     add: Callable[[Any, Transition], Any]
     sample: Callable[[Any, Array, int], Transition]
     prioritise: Callable[[Any, Array, Array], Any]
+    interrupt: Callable[[Any], Any]
 
 
 class Ring(NamedTuple):
@@ -85,6 +88,7 @@ def uniform(rows: int, worlds: int, n_step: int = 1, discount: ArrayLike = 0.99)
         lambda ring, rollout: _write(ring, rollout, n_step),
         sample,
         lambda ring, index, priority: ring,
+        _interrupt,
     )
 
 
@@ -144,7 +148,7 @@ def prioritised(
         largest = jnp.maximum(state.largest, priority.max())
         return state._replace(tree=tree, largest=largest, updates=state.updates + 1)
 
-    return Replay(init, add, sample, prioritise)
+    return Replay(init, add, sample, prioritise, lambda state: state._replace(ring=_interrupt(state.ring)))
 
 
 def _check(rows: int, worlds: int, n_step: int) -> None:
@@ -170,6 +174,13 @@ def _write(ring: Ring, rollout: Transition, n_step: int) -> Ring:
     at = (ring.written + jnp.arange(length)) % rows
     kept = jax.tree.map(lambda old, new: old.at[at].set(new), ring.kept, rollout._replace(info={}, world={}))
     return Ring(kept, ring.written + length)
+
+
+def _interrupt(ring: Ring) -> Ring:
+    kept = ring.kept
+    last = (ring.written - 1) % kept.truncated.shape[0]
+    truncated = kept.truncated.at[last].set(~kept.terminated[last])
+    return ring._replace(kept=kept._replace(truncated=truncated))
 
 
 def _walk(ring: Ring, start: Array, world: Array, n_step: int, discount: ArrayLike, weight: Array) -> Transition:

@@ -1,5 +1,6 @@
 """The one training loop: dispatch, report, hooks, checkpoints, and a clean end however it ends."""
 
+import contextlib
 import signal
 import sys
 import threading
@@ -55,7 +56,7 @@ def fit(
     Raises:
         UserError: the loss or the gradient is not finite (the first such step is named, nothing bad is saved), the
             data ended, a checkpoint could not be written, or `inner` does not divide the steps that are left.
-        Exception: what the data raise; the steps before it are saved first.
+        Exception: what the data or hooks raise; the steps before it are saved first.
         Stopped: SIGTERM or SIGINT came; the dispatch was finished and saved.
     """
     done = int(jax.device_get(state.step))
@@ -79,14 +80,13 @@ def fit(
         desc=desc,
     )
     due = False
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             while done < steps:
                 state, metrics = step(state, _next(feed, state, done, report, checkpoints))
                 done += inner
                 report.add(done, metrics)
-                for hook in hooks:
-                    hook(done, state)
+                _call(hooks, feed, state, done, report, checkpoints)
                 stop = signals.received(done)
                 due = due or done // checkpoint_every > (done - inner) // checkpoint_every or done == steps or stop
                 if due and (feed.whole or done == steps):
@@ -94,7 +94,7 @@ def fit(
                     _save(checkpoints, done, state, feed)
                     due = False
                 if stop:
-                    raise _stopped(stop, done, checkpoints)
+                    raise stopped(stop, done, checkpoints)
             report.close(done)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -132,7 +132,7 @@ def resume(checkpoints, state, data=None, writers=None):
     return state
 
 
-class _Signals:
+class Signals:
     """Notes SIGTERM and SIGINT instead of dying of them, in the main thread and for as long as the context lasts."""
 
     def __enter__(self):
@@ -163,8 +163,21 @@ def _all_finite(tree):
 
 def _next(feed, state, done, report, checkpoints):
     """The next batch; where the data fail, the work since the last checkpoint is saved before their error goes on."""
-    try:
+    with _rescued(feed, state, done, report, checkpoints):
         return feed.next(state)
+
+
+def _call(hooks, feed, state, done, report, checkpoints):
+    """The hooks; where one fails, the work since the last checkpoint is saved before its error goes on."""
+    with _rescued(feed, state, done, report, checkpoints):
+        for hook in hooks:
+            hook(done, state)
+
+
+@contextlib.contextmanager
+def _rescued(feed, state, done, report, checkpoints):
+    try:
+        yield
     except UserError as error:
         _rescue(feed, state, done, report, checkpoints)
         raise UserError(f"{error}; {_saved(checkpoints)}") from error
@@ -194,8 +207,8 @@ def _save(checkpoints, done, state, feed):
     checkpoints.save(done, state, feed.position())
 
 
-def _stopped(number, done, checkpoints):
-    """Waits for the save and says where things stand."""
+def stopped(number, done, checkpoints):
+    """Waits for the save, says where things stand, and returns what to raise then."""
     print(
         f"stopped at step {done}; {_saved(checkpoints)}; the same command continues",
         file=sys.stderr,

@@ -1,9 +1,12 @@
 """Where numbers and pictures go: `metrics.jsonl` (one object a line, the record) and TensorBoard (to look at)."""
 
+import itertools
 import json
 import math
 import os
 import pathlib
+import shutil
+import sys
 
 import jax
 from tensorboardX import SummaryWriter
@@ -50,12 +53,21 @@ class Writers:
             self._do(lambda: self._tensorboard().add_image(name, image, step, dataformats="HWC"))
 
     def cut(self, step):
-        """Forgets everything after `step`, and a last line that was cut short: the run goes on from there."""
+        """Forgets everything after `step`, and a last line that was cut short: the run goes on from there.
+
+        A record of which nothing remains, since no checkpoint does, is kept as `metrics.<n>.jsonl`.
+        """
         if not self._active:
             return
         self._purge = step + 1
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+            lines = self.metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step(line) <= step]
+            if step == 0 and any(0 < _step(line) < math.inf for line in lines):
+                names = (self.metrics.with_name(f"metrics.{n}.jsonl") for n in itertools.count(1))
+                old = next(name for name in names if not name.exists())
+                self._do(lambda: shutil.copy2(self.metrics, old))
+                print(f"no checkpoint: beginning anew; the record of what was is kept as {old}", file=sys.stderr)
             part = self.metrics.with_suffix(".part")
             self._do(lambda: part.write_text("".join(f"{line}\n" for line in kept)))
             self._do(lambda: os.replace(part, self.metrics))
@@ -86,6 +98,6 @@ class Writers:
 def _step(line):
     """The step of a line, or infinity for one that is not whole."""
     try:
-        return json.loads(line)["step"]
+        return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

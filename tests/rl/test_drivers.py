@@ -201,6 +201,15 @@ def test_resume_is_bit_exact(make, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_no_two_purposes_share_a_key():
+    """Of six steps, what comes before them, and the seeds that are split from each of these."""
+    run = driver.Run(0, jax.random.key(0), None, None, None)
+    keys = [driver.key_of(run._replace(step=step), purpose) for step in range(6) for purpose in driver.Purpose]
+    keys += [driver.key_before(run.key, purpose) for purpose in driver.Purpose]
+    keys += [split for key in keys for split in driver.split_over(key, 6)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+
+
 def test_mistakes_are_one_line():
     bare = noisy()
     with pytest.raises(UserError, match=r"wrap it with wrappers\.autoreset"):

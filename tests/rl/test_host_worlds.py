@@ -97,6 +97,17 @@ def test_a_world_of_gymnasium_is_gymnasiums():
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize(("name", "wanted"), [("CliffWalking-v1", 30), ("Taxi-v3", 200)])
+def test_episodes_without_a_limit_get_one(name, wanted):
+    """Up against the wall, for ever; Taxi knows a limit of its own."""
+    pytest.importorskip("gymnasium")
+    world = host.gymnasium_world(name, limit=30)
+    world.reset(0)
+    ends = [world.step(0)[2:] for _ in range(wanted)]
+    assert ends == [(False, False)] * (wanted - 1) + [(False, True)]
+
+
+@pytest.mark.oracle
 def test_boxes_are_clipped_and_numbers_start_where_they_start():
     """A world that shows what it was given."""
     gymnasium = pytest.importorskip("gymnasium")

@@ -17,7 +17,7 @@ EXAMPLE = Transition(SCALAR, jax.ShapeDtypeStruct((), jnp.int32), SCALAR, FLAG, 
 
 def jitted(buffer):
     sample = jax.jit(buffer.sample, static_argnums=2)
-    return replay.Replay(buffer.init, jax.jit(buffer.add), sample, jax.jit(buffer.prioritise))
+    return buffer._replace(add=jax.jit(buffer.add), sample=sample, prioritise=jax.jit(buffer.prioritise))
 
 
 BOTH = pytest.mark.parametrize("make", [replay.uniform, replay.prioritised])
@@ -78,6 +78,19 @@ def test_three_steps_by_hand(make, ends, want):
     last = np.asarray(drawn.next_obs) // 1
     np.testing.assert_array_equal(drawn.terminated, np.isin(last, ends.get("terminated", [])))
     np.testing.assert_array_equal(drawn.truncated, np.isin(last, ends.get("truncated", [])))
+
+
+@BOTH
+def test_returns_end_where_the_worlds_began_anew(make):
+    """A restored run resets worlds of the host: rows before that know nothing of the new episodes."""
+    buffer = jitted(make(6, 2, n_step=3, discount=0.5))
+    state = buffer.add(buffer.init(EXAMPLE), rollout([0, 1, 2], 2))
+    state = buffer.add(buffer.interrupt(state), rollout([4, 5], 2))
+    drawn = buffer.sample(state, jax.random.key(0), 400)
+    led = dict(zip(np.asarray(drawn.obs).tolist(), np.asarray(drawn.next_obs).tolist(), strict=True))
+    assert led == {0: 2.5, 1: 2.5, 2: 2.5, 100: 102.5, 101: 102.5, 102: 102.5}
+    np.testing.assert_array_equal(drawn.info["discount"], 0.5 ** (3 - drawn.obs % 100))
+    np.testing.assert_array_equal(drawn.terminated, False)
 
 
 @BOTH

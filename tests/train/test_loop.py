@@ -241,6 +241,23 @@ def test_failing_data_lose_nothing(tmp_path, error, ahead):
     toy.assert_same(mended.fit(12).state, whole.state)
 
 
+@pytest.mark.parametrize("error", [UserError("no such sampler"), RuntimeError("gone")])
+def test_failing_hooks_lose_nothing(tmp_path, error):
+    """A picture that cannot be drawn comes after the steps that were to be pictured."""
+
+    def hook(step, state):
+        if step == 6:
+            raise error
+
+    whole = Run(tmp_path / "whole").fit(12)
+    torn = tmp_path / "torn"
+    with pytest.raises(type(error)) as failed:
+        Run(torn).fit(12, hooks=[hook])
+    said = "; ".join([str(failed.value), *getattr(failed.value, "__notes__", [])])
+    assert said == f"{error}; the last checkpoint is step 6 in {torn / 'checkpoints'}"
+    toy.assert_same(Run(torn).fit(12).state, whole.state)
+
+
 def test_failing_data_do_not_hide_a_divergence(tmp_path):
     run = Run(tmp_path, data=Torn(UserError("torn")))
     run.step = diverging(6)

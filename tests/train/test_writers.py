@@ -51,6 +51,22 @@ def test_cut_drops_what_came_later_and_half_a_line(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [10, 20, 30]
 
 
+def test_a_record_without_a_checkpoint_is_kept_aside(tmp_path, capsys):
+    """And bytes or steps that are none do not matter."""
+    for number in (1, 2):
+        writers = Writers(tmp_path)
+        writers.scalars(0, {"loss": 9})
+        writers.scalars(10, {"loss": number})
+        (tmp_path / "metrics.jsonl").open("ab").write(b'{"step": "a"}\n\xff\n')
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        writers.cut(0)
+        assert (tmp_path / f"metrics.{number}.jsonl").read_bytes() == before
+        assert "the record of what was is kept" in capsys.readouterr().err
+        assert {line["step"] for line in lines(tmp_path)} == {0}
+    Writers(tmp_path).cut(0)
+    assert len(list(tmp_path.glob("metrics*"))) == 3
+
+
 def test_cut_tells_tensorboard_too(tmp_path):
     writers = Writers(tmp_path)
     writers.cut(20)

@@ -77,22 +77,23 @@ def from_environment(env: Environment) -> HostWorld:
     return _Pure(env)
 
 
-def gymnasium_world(name: str | Callable[[], Any]) -> HostWorld:
+def gymnasium_world(name: str | Callable[[], Any], limit: int | None = None) -> HostWorld:
     """One of Gymnasium's environments; actions beyond a box are clipped, float64 becomes float32.
 
     Args:
         name: as in CartPole-v1, or a function that makes the environment, wrapped as it should be.
+        limit: steps after which an episode is truncated, where the environment has no limit of its own.
 
     Raises UserError where it or what it needs is not installed, for an unknown name, for actions that are neither
     numbers nor a box with two ends, and for observations that are neither a number nor a box.
     """
-    return _Gymnasium(name)
+    return _Gymnasium(name, limit)
 
 
 class _Gymnasium:
     """An environment of Gymnasium as a HostWorld."""
 
-    def __init__(self, name: str | Callable[[], Any]) -> None:
+    def __init__(self, name: str | Callable[[], Any], limit: int | None) -> None:
         try:
             import gymnasium
         except ModuleNotFoundError as error:
@@ -103,7 +104,10 @@ class _Gymnasium:
             raise unknown("gymnasium", str(name), gymnasium.registry) from error
         except gymnasium.error.DependencyNotInstalled as error:
             raise UserError(f"gymnasium cannot make {name}: {' '.join(str(error).split())}") from error
-        self.name = name if isinstance(name, str) else str(self._env.spec.id if self._env.spec else self._env)
+        spec = self._env.spec
+        if limit is not None and (spec is None or spec.max_episode_steps is None):
+            self._env = gymnasium.wrappers.TimeLimit(self._env, limit)
+        self.name = name if isinstance(name, str) else str(spec.id if spec else self._env)
         space, seen = self._env.action_space, self._env.observation_space
         if isinstance(space, gymnasium.spaces.Discrete):
             self.actions, self._first = Actions(num=int(space.n)), int(space.start)
@@ -130,9 +134,11 @@ class _Gymnasium:
         return np.array(obs, self.obs.dtype)
 
 
-def gymnasium_vector(name: str | Callable[[], Any], num: int, threads: int = 1) -> Environment:
+def gymnasium_vector(
+    name: str | Callable[[], Any], num: int, threads: int = 1, limit: int | None = None
+) -> Environment:
     """`num` of Gymnasium's environments that reset themselves (see `vector` and `gymnasium_world`)."""
-    return vector(lambda: gymnasium_world(name), num, threads)
+    return vector(lambda: gymnasium_world(name, limit), num, threads)
 
 
 def atari(
@@ -165,7 +171,10 @@ def atari(
 
 
 def atari_world(game: str, sticky: float = 0.0, noops: int = 30, life_loss: bool = False) -> HostWorld:
-    """One game (see `atari`); after a lost life `reset` goes on with the same game.  Stepping it leaves Python."""
+    """One game (see `atari`), in its points; after a lost life `reset` goes on with the same game.
+
+    Stepping it leaves Python.
+    """
     return _Game(_Games(game, 1, sticky, noops, life_loss))
 
 

@@ -125,6 +125,7 @@ def train(
     start: State | None = None,
     callback: Callable[[Result], bool | None] | None = None,
     every: int = 10_000,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Trains on the CPU until all workers together have made `steps` steps, those before `start` included.
 
@@ -136,6 +137,7 @@ def train(
         start: where an earlier run stood.
         callback: called in this thread about every `every` steps; it may save the state, and returning True ends the
             run.
+        stopping: asked in this thread ten times a second whether the run is to end.
 
     Raises:
         UserError: fewer than one worker, step to unroll or step to make.
@@ -178,7 +180,9 @@ def train(
 
     def watch() -> None:
         nonlocal told_at
-        if callback is not None and shared.steps >= told_at + every:
+        if stopping():
+            stop.set()
+        elif callback is not None and shared.steps >= told_at + every:
             told_at = shared.steps
             if callback(so_far()):
                 stop.set()

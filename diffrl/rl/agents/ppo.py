@@ -76,7 +76,8 @@ def ppo(
         normalise: advantages to mean 0 and deviation 1 within each minibatch.
         advantages: when they and the targets are formed: once a `rollout`, by the values that acted; before each
             `epoch`, by the values as they are by then (Andrychowicz et al., arXiv:2006.05990); or in each `minibatch`,
-            as brax does, which then holds whole windows of steps.
+            as brax does, which then holds whole windows of steps.  (brax's are a step and then the lambda-return; these
+            are GAE in each case.)
         window: steps of such a window, beyond which a value stands for the future; 0: the rollout's.
         epochs, minibatches: passes over a rollout, and the parts of each.
         groups: of worlds, for shuffling (see `minibatches`); by default as many as fit.

@@ -68,6 +68,7 @@ setup(
         ],
         # Reference implementations that tests compare with; never imported by the package.
         "oracles": [
+            "brax>=0.14.2",
             "diffusers>=0.30",
             "gymnasium>=1.2",
             "minatar>=1.0.15",

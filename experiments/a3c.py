@@ -12,6 +12,7 @@ the same twice.
 Expected: CartPole above 400 within 400k steps.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -76,8 +77,10 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
     network, family = policies.actor_critic(config.net, env), policies.distribution(config.net, env)
     greedy = a2c.a2c(network, family, optax.identity())
     score = jax.jit(evaluation.evaluate(env, greedy, 10**9, run.explore))
-    checkpoints, writers = Checkpoints(workdir / "checkpoints", run.keep), Writers(workdir)
-    try:
+    with contextlib.ExitStack() as closing:
+        checkpoints, writers = Checkpoints(workdir / "checkpoints", run.keep), Writers(workdir)
+        closing.callback(checkpoints.close)
+        closing.callback(writers.close)
         checkpoints.claim()
         start = a3c.init(network, config.seed)
         restored = checkpoints.restore(start)
@@ -85,6 +88,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             start = jax.tree.map(np.asarray, restored[0])
         writers.cut(int(start.steps))
         bar = tqdm(total=run.steps, initial=int(start.steps), desc=config.world.name, unit="step", dynamic_ncols=True)
+        closing.callback(bar.close)
 
         def evaluate(result: Result) -> None:
             steps = int(result.state.steps)
@@ -132,13 +136,9 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             checkpoints.wait()  # for the one that may be under way
             if int(result.state.steps) not in checkpoints.steps():
                 evaluate(result)
-            bar.close()
             if int(result.state.steps) < run.steps:
                 raise loop.stopped(signals.received(0), int(result.state.steps), checkpoints)
         return result
-    finally:
-        writers.close()
-        checkpoints.close()
 
 
 def draw_staleness(path: pathlib.Path, staleness: Staleness) -> None:

@@ -18,32 +18,26 @@ from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.errors import UserError
 from diffrl.nets import perceptron
-from diffrl.recipes import policies, reinforcement, worlds
+from diffrl.recipes import policies, reinforcement, replaying, worlds
 from diffrl.recipes.policies import NetConfig
 from diffrl.recipes.reinforcement import RunConfig
+from diffrl.recipes.replaying import ReplayConfig
 from diffrl.recipes.worlds import WorldConfig
-from diffrl.rl import replay
 from diffrl.rl.agent import Agent
 from diffrl.rl.agents.dqn import dqn
 from diffrl.rl.driver import Driver, PerShard
 from diffrl.rl.environment import Environment
-from diffrl.rl.off_policy import off_policy
 from diffrl.train.mesh import MeshConfig, init_distributed
 
 
 @dataclasses.dataclass
-class DQNConfig:
-    """The algorithm; see `diffrl.rl.agents.dqn` and `diffrl.rl.replay`."""
+class DQNConfig(ReplayConfig):
+    """The algorithm; see `diffrl.rl.agents.dqn`."""
 
+    n_step: int = leaf(10, "rewards before the bootstrap", at_least=1)
     learning_rate: float = leaf(4e-3, above=0)
     anneal: bool = leaf(True, "the learning rate falls linearly to 0")
     clip_norm: float = leaf(1e9, "largest norm of a gradient", above=0)
-    discount: float = leaf(0.99, at_least=0, at_most=1)
-    batch: int = leaf(64, "transitions of an update", at_least=1)
-    unroll: int = leaf(1, "steps of each world between rounds of updates", at_least=1)
-    updates: int = leaf(4, "updates of a round", at_least=1)
-    start: int = leaf(1000, "steps before the first update", at_least=1)
-    buffer: int = leaf(50_000, "transitions that are kept", at_least=1)
     epsilon: float = leaf(0.05, "exploration in the end", at_least=0, at_most=1)
     explore: float = leaf(0.2, "share of the updates over which exploration falls from 1", above=0, at_most=1)
     target_every: int = leaf(1, "updates from one change of the target network to the next", at_least=1)
@@ -51,9 +45,6 @@ class DQNConfig:
     huber: bool = leaf(False, "errors above 1 count linearly; only where rewards are scaled or clipped")
     double: bool = leaf(True, "choose by the network, value by the target (van Hasselt et al., arXiv:1509.06461)")
     dueling: bool = leaf(False, "of pictures: value and advantages apart (Wang et al., arXiv:1511.06581)")
-    prioritised: bool = leaf(False, "surprising transitions more often (Schaul et al., arXiv:1511.05952)")
-    n_step: int = leaf(10, "rewards before the bootstrap", at_least=1)
-    groups: int = leaf(1, "of worlds with a buffer each; as many devices can share the work", at_least=1)
 
 
 @dataclasses.dataclass
@@ -127,8 +118,7 @@ def build(config: Config, env: Environment) -> Agent:
     else:
         widths, activation = config.net.policy, policies.activation(config.net.activation)
         module = perceptron.Perceptron(env.actions.num, widths, activation, orthogonal=config.net.orthogonal)
-    rounds = max(1, (config.run.steps - settings.start) // (settings.unroll * config.world.num))
-    updates = rounds * settings.updates
+    updates = replaying.total_updates(settings, config.run.steps, config.world.num)
     rate = optax.linear_schedule(settings.learning_rate, 0.0, updates) if settings.anneal else settings.learning_rate
     return dqn(
         policies.network(module, env),
@@ -143,24 +133,7 @@ def build(config: Config, env: Environment) -> Agent:
 
 
 def driver(config: Config, env: Environment, agent: Agent, per_shard: PerShard) -> Driver:
-    settings = config.dqn
-    if config.world.num % settings.groups:
-        raise UserError(
-            f"--config.dqn.groups={settings.groups} does not divide {config.world.num} worlds: choose another"
-        )
-    each = config.world.num // settings.groups
-    make = replay.prioritised if settings.prioritised else replay.uniform
-    return off_policy(
-        env,
-        agent,
-        make(settings.buffer // config.world.num, each, settings.n_step, settings.discount),
-        batch=settings.batch,
-        unroll=settings.unroll,
-        updates=settings.updates,
-        start=settings.start,
-        groups=settings.groups,
-        per_shard=per_shard,
-    )
+    return replaying.driver("dqn", config.dqn, env, config.world.num, agent, per_shard)
 
 
 def main(config: Config, run: config_lib.Run) -> None:

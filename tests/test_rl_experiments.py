@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffrl import config as config_lib
-from experiments import a2c, a3c, dqn, ppo, reinforce, trpo_vs_ppo
+from experiments import a2c, a3c, dqn, ppo, reinforce, sac, trpo_vs_ppo
 
 FEW = ["--config.run.seeds=2", "--config.run.episodes=2", "--config.run.final_episodes=2", "--config.run.evaluations=2"]
 ONE = ["--config.mesh.data=1", "--config.mesh.fsdp=8", "--config.world.num=8"]
@@ -65,7 +65,7 @@ def test_a_resumed_run_is_the_same_run(trained, tmp_path):
 
 
 @pytest.mark.long
-def test_a2c_and_dqn(tmp_path):
+def test_a2c_dqn_and_sac(tmp_path):
     run(a2c, tmp_path / "a2c", *FEW, *ONE, *TINY, "--config.run.steps=1024", "--config.world.name=acrobot")
     assert json.loads((tmp_path / "a2c" / "results.json").read_text())["returns"] == pytest.approx(
         [-500, -500], abs=500
@@ -76,13 +76,21 @@ def test_a2c_and_dqn(tmp_path):
         tmp_path / "dqn",
         *FEW,
         *ONE,
-        *TINY,
+        "--config.net.policy=(8,)",
         *small,
         "--config.dqn.prioritised",
         "--config.dqn.buffer=256",
         "--config.dqn.groups=8",
     )
     assert {"curve.png", "results.json", "video.gif"} <= names(tmp_path / "dqn")
+    small = [flag.replace("dqn", "sac") for flag in small]
+    run(sac, tmp_path / "sac", *FEW, *ONE, *TINY, *small, "--config.sac.groups=8", "--config.sac.buffer=256")
+    rows = [json.loads(line) for line in (tmp_path / "sac" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["alpha"] > rows[-1]["alpha"] > 0  # there is more chance than asked for
+    fixed = ["--noconfig.sac.adapt", "--config.sac.alpha=0.2", "--config.run.video=False"]
+    run(sac, tmp_path / "fixed", *FEW, *ONE, *TINY, *small, *fixed, "--config.sac.buffer=256")
+    rows = [json.loads(line) for line in (tmp_path / "fixed" / "metrics.jsonl").read_text().splitlines()]
+    assert {round(row["alpha"], 5) for row in rows if "alpha" in row} == {0.2}
 
 
 @pytest.mark.long
@@ -120,6 +128,9 @@ def test_a3c_goes_on(tmp_path):
         (dqn, ["--config.world.name=pendulum", *ONE], "takes vectors"),
         (dqn, ["--config.dqn.groups=3", *ONE], "groups=3 does not divide 8 worlds"),
         (dqn, ["--config.dqn.groups=4", *ONE, *FEW], "4 groups of worlds cannot be split over 8 devices"),
+        (sac, ["--config.world.name=cartpole", *ONE], "2 numbered actions: use DQN"),
+        (sac, ["--noconfig.net.squash", *ONE], "says nothing of the algorithm"),
+        (sac, ["--config.sac.groups=3", *ONE], "--config.sac.groups=3 does not divide 8 worlds"),
         (trpo_vs_ppo, ["--config.contest.agents=('tpo',)"], "did you mean 'trpo'?"),
         (dqn, ["--config.net.value=(8,)", *ONE], "net.value=(8,) says nothing of the algorithm: leave it at (64, 64)"),
         (dqn, ["--config.dqn.dueling"], "only pictures' networks duel"),
@@ -146,6 +157,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, experiment, flags, words):
         (a2c, "cartpole", 475),
         (ppo, "acrobot", -100),
         (ppo, "pendulum", -200),
+        (sac, "pendulum", -200),
         (ppo, "cartpole_balance", 950),
     ],
 )

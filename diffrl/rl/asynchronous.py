@@ -80,9 +80,10 @@ class Shared:
         norm = float(np.sqrt(np.vdot(gradient, gradient)))
         if norm > optimizer.clip_norm:
             gradient = gradient * np.float32(optimizer.clip_norm / norm)
-        self.square *= np.float32(optimizer.decay)
-        self.square += np.float32(1 - optimizer.decay) * np.square(gradient)
-        self.params -= np.float32(rate) * gradient / np.sqrt(self.square + np.float32(optimizer.eps))
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is told where parameters are saved
+            self.square *= np.float32(optimizer.decay)
+            self.square += np.float32(1 - optimizer.decay) * np.square(gradient)
+            self.params -= np.float32(rate) * gradient / np.sqrt(self.square + np.float32(optimizer.eps))
         self._updates[worker] += 1
         self._steps[worker] += steps
 

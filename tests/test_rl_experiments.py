@@ -88,7 +88,7 @@ def test_a2c_dqn_and_sac(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "sac" / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["alpha"] > rows[-1]["alpha"] > 0  # there is more chance than asked for
     fixed = ["--noconfig.sac.adapt", "--config.sac.alpha=0.2", "--config.run.video=False"]
-    run(sac, tmp_path / "fixed", *FEW, *ONE, *TINY, *small, *fixed, "--config.sac.buffer=256")
+    run(sac, tmp_path / "fixed", *FEW, *ONE, *TINY, *small, *fixed, "--config.sac.groups=8", "--config.sac.buffer=256")
     rows = [json.loads(line) for line in (tmp_path / "fixed" / "metrics.jsonl").read_text().splitlines()]
     assert {round(row["alpha"], 5) for row in rows if "alpha" in row} == {0.2}
 

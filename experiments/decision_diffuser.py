@@ -55,7 +55,7 @@ class Config:
     plan: PlanConfig = dataclasses.field(default_factory=lambda: PlanConfig(steps=16, temperature=0.5, every=16))
     eval: EvalConfig = dataclasses.field(default_factory=lambda: EvalConfig(episodes=100, watch=50, batch=100))
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    seed: int = 0
+    seed: int = leaf(0, "of demonstrations and training", at_least=0)
 
 
 def robot(name: str, horizon: int = 32, every: int = 2, steps: int = 6000) -> Config:

@@ -15,7 +15,8 @@ distillation what its teacher needs 32 for; training data 0.009.  Consistency tr
 one call and 0.015 in four, with a precision of 85 % and 91 % where training data have 98 %.
 
 Ends with a table (table.md, results.json), a plot of distance against network calls (quality.png) and the samples
-(samples.png).  A second run of the same command goes on where the first stopped.
+(samples.png).  A second run of the same command goes on where the first stopped; one with another config
+(--accept_changes) uses only those models that were trained with it.
 """
 
 import dataclasses
@@ -38,7 +39,7 @@ from diffrl.errors import UserError
 from diffrl.evaluate import grids, plots, precision_recall
 from diffrl.evaluate.wasserstein import sliced_wasserstein
 from diffrl.nets.mlp import MLP
-from diffrl.recipes import denoising, images, results
+from diffrl.recipes import denoising, digests, images, results
 from diffrl.recipes.denoising import DiffusionConfig
 from diffrl.recipes.images import ImageConfig, Model
 from diffrl.recipes.networks import UNetConfig
@@ -59,24 +60,24 @@ TEACHER, DISTILLED, TRAINED, PROGRESSIVE = (
 class Config:
     """Data, network, and how long each model learns."""
 
-    seed: int = 0
+    seed: int = config_lib.leaf(0, "of parameters, batches and samples", at_least=0)
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(name="toy:checkerboard"))
-    width: int = config_lib.leaf(128, "of the perceptron, for points in the plane")
-    depth: int = 4
+    width: int = config_lib.leaf(128, "of the perceptron, for points in the plane", at_least=1)
+    depth: int = config_lib.leaf(4, "its hidden layers", at_least=1)
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)  # for images
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=2e-3, warmup_steps=100, schedule="cosine")
     )
-    batch_size: int = 512
-    inner: int = config_lib.leaf(50, "updates per dispatch", free=True)
-    teacher_steps: int = config_lib.leaf(4000, "updates of the teacher")
-    consistency_steps: int = config_lib.leaf(4000, "updates of each consistency model")
-    stage_steps: int = config_lib.leaf(1000, "updates of each of the progressive students")
-    rungs: int = config_lib.leaf(32, "N of consistency distillation")
-    huber: float = config_lib.leaf(0.03, "c of consistency distillation's pseudo-Huber metric")
-    curriculum: tuple[int, ...] = config_lib.leaf((10, 1280), "first and last N of consistency training")
-    first_student: int = config_lib.leaf(16, "steps of the first progressive student, a power of 2")
-    samples: int = config_lib.leaf(8192, "drawn for each score; at most the held-out split", free=True)
+    batch_size: int = config_lib.leaf(512, "of every update", at_least=1)
+    inner: int = config_lib.leaf(50, "updates per dispatch; divides the numbers of updates", free=True, at_least=1)
+    teacher_steps: int = config_lib.leaf(4000, "updates of the teacher", at_least=1)
+    consistency_steps: int = config_lib.leaf(4000, "updates of each consistency model", at_least=1)
+    stage_steps: int = config_lib.leaf(1000, "updates of each of the progressive students", at_least=1)
+    rungs: int = config_lib.leaf(32, "N of consistency distillation", at_least=1)
+    huber: float = config_lib.leaf(0.03, "c of consistency distillation's pseudo-Huber metric", above=0)
+    curriculum: tuple[int, ...] = config_lib.leaf((10, 1280), "first and last N of consistency training", at_least=1)
+    first_student: int = config_lib.leaf(16, "steps of the first progressive student, a power of 2", at_least=4)
+    samples: int = config_lib.leaf(8192, "drawn for each score; at most the held-out split", free=True, at_least=15)
 
 
 def digits() -> Config:
@@ -184,11 +185,32 @@ def progressive_loss(model: Model) -> Callable:
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
+# The leaves that one kind of model depends on and the teacher, from which all begin, does not.
+DISTILLED_BY = ("consistency_steps", "rungs", "huber")
+TRAINED_BY = ("consistency_steps", "curriculum")
+STAGED_BY = ("stage_steps", "first_student")
+
+
+def digest(config: Config, own: tuple[str, ...]) -> str:
+    """Of all that a model depends on: the teacher's settings, and those of its `own`."""
+    others = {*DISTILLED_BY, *TRAINED_BY, *STAGED_BY} - set(own)
+    return digests.digest(digests.settings(config, without=others))
+
 
 def fit(
-    problem: Problem, name: str, loss: Callable, params: Any, steps: int, frozen: Any = None, ema_decay: float = 0.99
+    problem: Problem,
+    name: str,
+    loss: Callable,
+    params: Any,
+    steps: int,
+    frozen: Any = None,
+    ema_decay: float = 0.99,
+    own: tuple[str, ...] = (),
 ) -> Any:
-    """The averaged parameters after `steps` updates of a loss, from the newest checkpoint where there is one."""
+    """The averaged parameters after `steps` updates of a loss, from the newest checkpoint where there is one.
+
+    own: the leaves beside the teacher's that the model depends on.
+    """
     config, devices = problem.config, mesh.make_mesh()
     optimizer = optim.make(config.optim, steps)
     fresh = mesh.place(devices, state.create(params, optimizer, jax.random.key(config.seed), frozen=frozen))
@@ -199,7 +221,7 @@ def fit(
     )
     update = step.make_update(loss, optimizer, ema_decay=ema_decay, ema_warmup=False)
     program = mesh.compile_repeated(step.global_step(update), devices, fresh, config.inner)
-    checkpoints = Checkpoints(problem.workdir / "checkpoints" / name, keep=1)
+    checkpoints = Checkpoints(problem.workdir / "checkpoints" / f"{name}-{digest(config, own)}", keep=1)
     try:
         return loop.fit(
             program,
@@ -224,12 +246,14 @@ def train(problem: Problem) -> dict[str, dict[int, Callable]]:
     teacher = fit(problem, "teacher", classic, begin, config.teacher_steps)
     steps = config.consistency_steps
     # The average is the target: what is learned at a rung reaches the next after 1 / (1 - decay) steps.
-    distilled = fit(problem, "distilled", distilled_loss(config, model), teacher, steps, teacher, ema_decay=0.9)
-    trained = fit(problem, "trained", trained_loss(config, model), teacher, steps)
+    distilled = fit(
+        problem, "distilled", distilled_loss(config, model), teacher, steps, teacher, ema_decay=0.9, own=DISTILLED_BY
+    )
+    trained = fit(problem, "trained", trained_loss(config, model), teacher, steps, own=TRAINED_BY)
     students, last, num = {}, teacher, config.first_student
     while num >= 1:
         frozen = {"teacher": last, "num": jnp.asarray(num)}
-        last = fit(problem, f"student_{num}", progressive_loss(model), last, config.stage_steps, frozen)
+        last = fit(problem, f"student_{num}", progressive_loss(model), last, config.stage_steps, frozen, own=STAGED_BY)
         students[num], num = last, num // 2
 
     def walks(make, params_by_steps):
@@ -313,16 +337,16 @@ def draw_samples(problem: Problem, samples: dict[str, np.ndarray]) -> None:
 def check(config: Config) -> None:
     """Raises UserError for what would fail only after the teacher's training."""
     first = config.first_student
-    if first < 4 or first & (first - 1):
-        raise UserError(f"first_student={first}: choose a power of 2, at least 4")
-    if len(config.curriculum) != 2 or not 0 < config.curriculum[0] <= config.curriculum[1]:
+    if first & (first - 1):
+        raise UserError(f"first_student={first}: choose a power of 2")
+    if len(config.curriculum) != 2 or config.curriculum[0] > config.curriculum[1]:
         raise UserError(f"curriculum={config.curriculum}: choose two numbers of rungs, the smaller first")
     for name, steps in (
         ("teacher_steps", config.teacher_steps),
         ("consistency_steps", config.consistency_steps),
         ("stage_steps", config.stage_steps),
     ):
-        if steps < 1 or steps % config.inner:
+        if steps % config.inner:
             raise UserError(f"{name}={steps}: choose a multiple of inner={config.inner}")
         optim.make(config.optim, steps)
 

@@ -60,14 +60,18 @@ class Config:
     )
     tasks: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
-    count: int = config_lib.leaf(48, "held-out images", free=True)
-    columns: int = config_lib.leaf(10, "images in a picture", free=True)
-    factor: int = config_lib.leaf(2, "super-resolution: how much smaller", free=True)
-    blur: float = config_lib.leaf(0.8, "deblurring: standard deviation in pixels", free=True)
-    noise: float = config_lib.leaf(0.05, "deblurring: standard deviation of the noise on the blurred image", free=True)
-    collages: int = config_lib.leaf(355, "held-out images that SDEdit's collages are made of", free=True)
-    strengths: tuple[float, ...] = config_lib.leaf((0.2, 0.4, 0.6, 0.8), "SDEdit's start times", free=True)
-    seed: int = config_lib.leaf(0, "of masks and samples", free=True)
+    count: int = config_lib.leaf(48, "held-out images", free=True, at_least=2)
+    columns: int = config_lib.leaf(10, "images in a picture", free=True, at_least=1)
+    factor: int = config_lib.leaf(2, "super-resolution: how much smaller", free=True, at_least=2)
+    blur: float = config_lib.leaf(0.8, "deblurring: standard deviation in pixels", free=True, above=0)
+    noise: float = config_lib.leaf(
+        0.05, "deblurring: standard deviation of the noise on the blurred image", free=True, at_least=0
+    )
+    collages: int = config_lib.leaf(355, "held-out images that SDEdit's collages are made of", free=True, at_least=2)
+    strengths: tuple[float, ...] = config_lib.leaf(
+        (0.2, 0.4, 0.6, 0.8), "SDEdit's start times, between 0 (data) and 1 (noise)", free=True, above=0, below=1
+    )
+    seed: int = config_lib.leaf(0, "of masks and samples", free=True, at_least=0)
 
 
 def digits() -> Config:
@@ -147,10 +151,6 @@ def check(config: Config, session: Session) -> None:
     scores.check(session.config.eval)
     tasks(config, session.model.shape)
     restoration_methods(config, session)
-    if not all(0.0 < t < 1.0 for t in config.strengths):
-        raise UserError(f"strengths={config.strengths}: SDEdit starts at times between 0 (data) and 1 (noise)")
-    if min(config.count, config.collages) < 2:
-        raise UserError(f"count={config.count}, collages={config.collages}: take at least 2 images of each")
 
 
 # --- What is done to the images --------------------------------------------------------------------------------------

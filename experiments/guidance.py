@@ -25,7 +25,6 @@ second run of the same command takes up the training, or the method, it was at.
 import copy
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,22 +60,26 @@ class Config:
     """The models, the scales that are swept, and what the methods have beside a scale."""
 
     model: ImageConfig = dataclasses.field(default_factory=images.digits_config)
-    weak_channels: int = config_lib.leaf(8, "width of autoguidance's weaker network")
-    weak_steps: int = config_lib.leaf(100, "and its updates")
+    weak_channels: int = config_lib.leaf(8, "width of autoguidance's weaker network", at_least=1)
+    weak_steps: int = config_lib.leaf(100, "and its updates", at_least=1)
     classifier: ClassifierConfig = dataclasses.field(default_factory=ClassifierConfig)
     methods: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
-    scales: tuple[float, ...] = config_lib.leaf((1.0, 1.5, 2.0, 3.0, 5.0), "1 is the plain conditional model")
+    scales: tuple[float, ...] = config_lib.leaf(
+        (1.0, 1.5, 2.0, 3.0, 5.0), "1 is the plain conditional model", at_least=0
+    )
     classifier_scales: tuple[float, ...] = config_lib.leaf(
-        (0.0, 1.0, 3.0, 8.0), "of classifier and through x0: 0 is the plain conditional model"
+        (0.0, 1.0, 3.0, 8.0), "of classifier and through x0: 0 is the plain conditional model", at_least=0
     )
     low: float = config_lib.leaf(-2.0, "interval: the least log SNR that is guided")
     high: float = config_lib.leaf(3.0, "interval: the log SNR from which on nothing is guided")
-    phi: float = config_lib.leaf(0.7, "rescale: the share brought to the conditional estimate's standard deviation")
-    eta: float = config_lib.leaf(0.0, "APG: what is kept along the conditional estimate")
-    radius: float = config_lib.leaf(2.5, "APG: the longest difference of the two estimates")
-    beta: float = config_lib.leaf(-0.5, "APG: momentum")
+    phi: float = config_lib.leaf(
+        0.7, "rescale: the share brought to the conditional estimate's standard deviation", at_least=0, at_most=1
+    )
+    eta: float = config_lib.leaf(0.0, "APG: what is kept along the conditional estimate", at_least=0, at_most=1)
+    radius: float = config_lib.leaf(2.5, "APG: the longest difference of the two estimates", above=0)
+    beta: float = config_lib.leaf(-0.5, "APG: momentum", above=-1, below=1)
     sets: int = config_lib.leaf(
-        1, "sets of model.eval.samples images (or as many as are held out) that a point is the mean of"
+        1, "sets of model.eval.samples images (or as many as are held out) that a point is the mean of", at_least=1
     )
 
 
@@ -237,11 +240,40 @@ def sweep(config: Config, name: str, generate: Callable, classes: int, ruler: Ru
     return rows
 
 
+def check(config: Config) -> None:
+    """Raises UserError for what would fail only after the training, or silently mean something else."""
+    noisy = config.classifier
+    for name in ("channels", "blocks", "heads", "groups", "steps"):
+        value = dataclasses.asdict(noisy)[name]
+        if value < 1:
+            raise UserError(f"--config.classifier.{name}={value}: expected at least 1")
+    for name, value, good, remedy in (
+        ("scales", config.scales, config.scales, "at least one scale"),
+        ("classifier_scales", config.classifier_scales, config.classifier_scales, "at least one scale"),
+        ("low", config.low, config.low < config.high, f"a value below high={config.high}"),
+        (
+            "classifier.multipliers",
+            noisy.multipliers,
+            min(noisy.multipliers, default=0) > 0,
+            "one for each level, above 0",
+        ),
+        ("classifier.dropout", noisy.dropout, 0 <= noisy.dropout < 1, "at least 0 and below 1"),
+    ):
+        if not good:
+            raise UserError(f"--config.{name}={value}: expected {remedy}")
+    if noisy.channels * noisy.multipliers[-1] % noisy.heads:
+        width = noisy.channels * noisy.multipliers[-1]
+        raise UserError(f"--config.classifier.heads={noisy.heads}: expected a divisor of the last level's {width}")
+
+
 def main(config: Config, run: config_lib.Run) -> None:
     # Whatever the end needs is checked before the training, not after it.
+    check(config)
     chosen = {name: denoising.choose("methods", name, METHODS) for name in config.methods or METHODS}
     scores.check(config.model.eval)
     sessions = open_sessions(config, run)
+    for session in sessions:
+        jax.eval_shape(session.model.init, jax.random.key(0))  # finds groups that do not divide a width
     classes = sessions.model.model.num_classes
     if classes is None or config.model.diffusion.learned_variance:
         raise UserError("the methods compare estimates of x_0 given a label: use labelled data and no learned variance")
@@ -254,7 +286,7 @@ def main(config: Config, run: config_lib.Run) -> None:
 
     path = run.workdir / "results.json"
     settings = {**config_lib.to_dict(config), "methods": None}
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = results_lib.load(path, {})
     if results.get("settings") != settings:  # after a longer training, say, all is measured anew
         x, labels = fidelity.labelled(held_out, held_out.length)
         known = noisy_classifier.accuracies(sessions.classifier, params.classifier, x, labels, TIMES)

@@ -10,13 +10,14 @@ the decoder makes images of what is drawn.  DIR may also be a folder of diffuser
 
 train, sample, eval: as of `experiments.ddpm`; scores are of decoded images.
 compression: trains an autoencoder and a diffusion model in its latents for each factor and kind, and prints what
-reconstructions and samples are worth and what a sample costs (compression.md, compression.json).
+reconstructions and samples are worth and what a sample costs (compression.md, compression.json).  With another config
+it uses only the networks, and the numbers, that were made with it.
 """
 
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from diffrl import config as config_lib
 from diffrl.config import leaf
 from diffrl.data.catalog import DataConfig
 from diffrl.errors import UserError
-from diffrl.recipes import autoencoding, image_runs, images, judging, reconstruction, results, scores
+from diffrl.recipes import autoencoding, digests, image_runs, images, judging, reconstruction, results, scores
 from diffrl.recipes.autoencoding import AutoencoderConfig, LossConfig
 from diffrl.recipes.denoising import SampleConfig
 from diffrl.recipes.images import EvalConfig, ImageConfig
@@ -126,32 +127,65 @@ def main(config: Config, run: config_lib.Run) -> None:
         image_runs.main(config, run)
 
 
+class Cell(NamedTuple):
+    """A row of the study: an autoencoder, and the diffusion model of its latents (which it is still to be told of)."""
+
+    name: str
+    coding: autoencoding.Config
+    diffused: Config
+
+    def codec(self) -> dict[str, Any]:
+        """What the autoencoder depends on."""
+        free = {"steps": self.coding.train.steps, "perceptual": bool(self.coding.loss.lpips_weights)}
+        return digests.settings(self.coding) | free
+
+    def model(self) -> dict[str, Any]:
+        """What the diffusion model depends on."""
+        others = [path for path in config_lib.leaves(self.diffused) if path.startswith(("compression.", "latents."))]
+        settings = digests.settings(self.diffused, without=others)
+        return {"codec": self.codec(), "model": settings | {"steps": self.diffused.train.steps}}
+
+    def key(self) -> str:
+        """By which the row's numbers are kept: they depend on how samples are drawn and judged, too."""
+        drawn = dataclasses.asdict(self.diffused.sample) | {"count": None}
+        judged = dataclasses.asdict(self.coding.eval)
+        return f"{self.name}-{digests.digest([self.model(), drawn, judged])}"
+
+
 def compression(config: Config, run: config_lib.Run) -> None:
     """Trains and scores all cells of the table; those that are done are not done again."""
     path = run.workdir / "compression.json"
     found = results.load(path, {})
     cells = plan(config)
-    for i, (name, coding) in enumerate(cells.items()):
-        if name not in found:
-            print(f"[{i + 1}/{len(cells)}] {name}", file=sys.stderr)
-            found[name] = work(config, coding, run._replace(workdir=run.workdir / name))
+    for i, cell in enumerate(cells):
+        if cell.key() not in found:
+            print(f"[{i + 1}/{len(cells)}] {cell.name}", file=sys.stderr)
+            found[cell.key()] = work(cell, run._replace(workdir=run.workdir / cell.name))
             results.save(path, found)
-    text = table({name: found[name] for name in cells})
+    text = table({cell.name: found[cell.key()] for cell in cells})
     if jax.process_index() == 0:
         (run.workdir / "compression.md").write_text(text + "\n")
     print(text)
     print(f"everything lies in {run.workdir}")
 
 
-def plan(config: Config) -> dict[str, autoencoding.Config]:
-    """{"f4_kl": its autoencoder's config, ...}"""
+def plan(config: Config) -> list[Cell]:
+    """A cell for each factor and kind: f2_kl, ..."""
     settings = config.compression
+    if not settings.factors or not settings.kinds:
+        raise UserError(f"compression.factors={settings.factors}, kinds={settings.kinds}: give at least one of each")
     if len(settings.factors) != len(settings.channels):
         raise UserError(f"compression.channels={settings.channels}: give one for each of factors={settings.factors}")
     odd = [factor for factor in settings.factors if factor & (factor - 1)]
     if odd:
         raise UserError(f"compression.factors={settings.factors}: {odd[0]} is no power of 2")
-    cells = {}
+    # A transformer takes latents of every size, down to a single token.
+    diffused = dataclasses.replace(
+        config,
+        network="dit",
+        train=dataclasses.replace(config.train, steps=settings.diffusion_steps, sample_every=0),
+    )
+    cells = []
     for factor, channels in zip(settings.factors, settings.channels, strict=True):
         for kind in settings.kinds:
             network = AutoencoderConfig(
@@ -168,30 +202,26 @@ def plan(config: Config) -> dict[str, autoencoding.Config]:
             judge = JudgeConfig(
                 **{field.name: getattr(config.eval, field.name) for field in dataclasses.fields(JudgeConfig)}
             )
-            cells[f"f{factor}_{kind}"] = autoencoding.Config(
+            coding = autoencoding.Config(
                 config.seed, config.data, network, config.loss, config.optim, train, judge, config.mesh
             )
+            cells.append(Cell(f"f{factor}_{kind}", coding, diffused))
     return cells
 
 
-def work(config: Config, coding: autoencoding.Config, run: config_lib.Run) -> dict[str, Any]:
+def work(cell: Cell, run: config_lib.Run) -> dict[str, Any]:
     """One cell: its autoencoder, its diffusion, and what both are worth."""
-    place = run.workdir / "autoencoder"
-    config_lib.save(place, run.preset, coding)  # by which the latents find it
-    session = autoencoding.open_session(coding, run._replace(workdir=place))
+    place = run.workdir / f"autoencoder-{digests.digest(cell.codec())}"
+    config_lib.save(place, run.preset, cell.coding)  # by which the latents find it
+    session = autoencoding.open_session(cell.coding, run._replace(workdir=place))
     held_out = judging.held_out_source(session)
     if held_out is None:
-        raise UserError(f"compression needs held-out images: mend eval.split={config.eval.split}")
+        raise UserError(f"compression needs held-out images: mend eval.split={cell.coding.eval.split}")
     current = autoencoding.train(session)
     found = {f"autoencoder_{key}": value for key, value in reconstruction.measure(session, current, held_out).items()}
-    # A transformer takes latents of every size, down to a single token.
-    diffused = dataclasses.replace(
-        config,
-        network="dit",
-        latents=dataclasses.replace(config.latents, model=str(place)),
-        train=dataclasses.replace(config.train, steps=config.compression.diffusion_steps, sample_every=0),
-    )
-    model = images.open_session(diffused, run._replace(workdir=run.workdir / "diffusion"))
+    diffused = dataclasses.replace(cell.diffused, latents=dataclasses.replace(cell.diffused.latents, model=str(place)))
+    place = run.workdir / f"diffusion-{digests.digest(cell.model())}"
+    model = images.open_session(diffused, run._replace(workdir=place))
     trained = images.train(model)
     found |= scores.judge_samples(model, trained.ema, held_out)
     return found | {"latent": model.model.shape, "ms_per_sample": 1e3 * seconds_per_sample(model, trained.ema)}

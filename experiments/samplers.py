@@ -23,7 +23,6 @@ the mixture also of the other grids) and results.json; a second run of the same 
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -61,13 +60,17 @@ class Config:
     model: str = config_lib.leaf("", "workdir of a trained image model; if empty, `image` is trained")
     image: ImageConfig = dataclasses.field(default_factory=images.digits_config)
     grid: str = config_lib.leaf("linear", "linear, quadratic, karras or log_snr")
-    grid_budget: int = config_lib.leaf(20, "network calls for which the mixture is walked on all grids")
-    sigma_min: float = config_lib.leaf(0.002, "the least sigma / alpha of karras and log_snr")
-    sigma_max: float = config_lib.leaf(80.0, "and the greatest")
-    budgets: tuple[int, ...] = config_lib.leaf((4, 6, 8, 10, 15, 20, 35, 50, 100), "network calls, on the mixture")
-    image_budgets: tuple[int, ...] = config_lib.leaf((5, 7, 10, 15, 25, 50), "network calls, on the images")
-    reference_steps: int = config_lib.leaf(500, "of Heun, to find where the probability flow ends")
-    points: int = config_lib.leaf(8192, "samples of the mixture")
+    grid_budget: int = config_lib.leaf(20, "network calls for which the mixture is walked on all grids", at_least=1)
+    sigma_min: float = config_lib.leaf(0.002, "the least sigma / alpha of karras and log_snr", above=0)
+    sigma_max: float = config_lib.leaf(80.0, "and the greatest", above=0)
+    budgets: tuple[int, ...] = config_lib.leaf(
+        (4, 6, 8, 10, 15, 20, 35, 50, 100), "network calls, on the mixture", at_least=1
+    )
+    image_budgets: tuple[int, ...] = config_lib.leaf((5, 7, 10, 15, 25, 50), "network calls, on the images", at_least=1)
+    reference_steps: int = config_lib.leaf(500, "of Heun, to find where the probability flow ends", at_least=1)
+    points: int = config_lib.leaf(
+        8192, "samples of the mixture; a quarter of them are followed to the flow's end", at_least=4
+    )
     solver: SolverConfig = dataclasses.field(default_factory=SolverConfig)
     methods: tuple[str, ...] = config_lib.leaf((), "only these samplers; all if empty", free=True)
 
@@ -234,13 +237,23 @@ def measure_missing(
         save(name, first)
 
 
+def check(config: Config) -> None:
+    """Raises UserError for what would fail only after the training."""
+    for name, budgets in (("budgets", config.budgets), ("image_budgets", config.image_budgets)):
+        if not budgets:
+            raise UserError(f"--config.{name}=(): expected at least one number of network calls")
+    for name, value in dataclasses.asdict(config.solver).items():
+        if value < 0:
+            raise UserError(f"--config.solver.{name}={value}: expected at least 0")
+    for name in (config.grid, *GRIDS):
+        make_grid(config, name, process.cosine(), 2)
+
+
 def main(config: Config, run: config_lib.Run) -> None:
     # Whatever the end needs is checked before the training, not after it.
+    check(config)
     known = methods(config.solver)
     chosen = {name: denoising.choose("methods", name, known) for name in config.methods or known}
-    if min(*config.budgets, *config.image_budgets, config.grid_budget, config.reference_steps) < 1:
-        raise UserError("budgets, grid_budget, reference_steps: a sample costs at least one network call")
-    make_grid(config, config.grid, process.cosine(), 2)
     scores.check(config.image.eval)
     session = image_session(config, run)
 
@@ -248,7 +261,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     path, folder = run.workdir / "results.json", run.workdir / "samples"
     folder.mkdir(exist_ok=True)
     settings = {**config_lib.to_dict(config), "methods": None}
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = results_lib.load(path, {})
     if results.get("settings") != settings:
         results = {"settings": settings, "mixture": {}, "images": {}}
 
@@ -351,7 +364,9 @@ def plot(results: dict, chosen: dict[str, Method], data: str, path: pathlib.Path
         solved.set_title(title, loc="left", fontsize=11)
         noisy.set_xlabel("network calls per sample")
         # What diverges leaves the frame, so that the others can be told apart.
-        noisy.set_ylim(top=5 * np.median([found[0][score] for found in rows.values()]))
+        top = np.median([found[0][score] for found in rows.values()]) if rows else np.inf
+        if np.isfinite(top):
+            noisy.set_ylim(top=5 * top)
     for panel, title in ((axes[0, 1], "without noise"), (axes[2, 1], "with noise (without: grey)")):
         beside = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0), "alignment": "left"}
         panel.legend(title=title, frameon=False, fontsize=9, **beside)

@@ -13,13 +13,17 @@ well as implicit matching learns that of the data; as an estimate of the latter 
 for variance (0.06 at 0.02).  The same network for all levels at once pays for it with accuracy at each.
 
 Ends with a table (table.md, results.json) and a picture of the fields (fields.png).  A second run of the same command
-goes on where the first stopped.
+goes on where the first stopped; one with another config (--accept_changes) uses only what was made with it.
 """
 
 import dataclasses
+import io
 import math
+import pathlib
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,7 +40,7 @@ from diffrl.diffusion.process import Process, ve
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
 from diffrl.nets.mlp import MLP
-from diffrl.recipes import results
+from diffrl.recipes import digests, results
 from diffrl.train import loop, mesh, optim, state, step
 from diffrl.train.optim import OptimConfig
 from diffrl.train.state import Aux
@@ -51,15 +55,19 @@ class Config:
     """The data, the network and how long it learns."""
 
     means: str = config_lib.leaf("ring", "of the Gaussians: ring (eight) or grid (25)")
-    std: float = config_lib.leaf(0.15, "of each Gaussian")
-    noise: tuple[float, ...] = config_lib.leaf((0.1, 0.02), "levels sigma of denoising, each by itself")
-    level: float = config_lib.leaf(0.1, "the noise level at which a noise-conditional score is compared")
-    width: int = 128
-    depth: int = 4
-    steps: int = 2000
-    batch_size: int = 256
-    inner: int = config_lib.leaf(100, "updates per dispatch")
-    seeds: int = 3
+    std: float = config_lib.leaf(0.15, "of each Gaussian", above=0)
+    noise: tuple[float, ...] = config_lib.leaf(
+        (0.1, 0.02), "levels sigma of denoising, each by itself", above=0, below=SIGMA_MAX
+    )
+    level: float = config_lib.leaf(
+        0.1, "the noise level at which a noise-conditional score is compared", above=0, below=SIGMA_MAX
+    )
+    width: int = config_lib.leaf(128, "of the perceptron", at_least=1)
+    depth: int = config_lib.leaf(4, "its hidden layers", at_least=1)
+    steps: int = config_lib.leaf(2000, "updates of every network", at_least=1)
+    batch_size: int = config_lib.leaf(256, "fresh samples of an update", at_least=1)
+    inner: int = config_lib.leaf(100, "updates per dispatch; divides steps", at_least=1)
+    seeds: int = config_lib.leaf(3, "runs per objective", at_least=1)
     only: tuple[str, ...] = config_lib.leaf((), "only these objectives; all if empty", free=True)
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(learning_rate=3e-3, warmup_steps=100, schedule="cosine")
@@ -184,6 +192,27 @@ def train(config: Config, problem: Problem, method: Method, trainer: Trainer, se
     return {"field": np.asarray(field), "seconds": seconds}
 
 
+def run_name(config: Config, name: str, method: Method, seed: int) -> str:
+    """The objective, the seed, and a digest of all else that the run depends on."""
+    levels = () if method.conditional else ("noise", "level")  # a level by itself stands in the objective's name
+    digest = digests.digest(digests.settings(config, without=("seeds", *levels)))
+    return f"{name.replace(' ', '_')}-{seed}-{digest}"
+
+
+def kept(path: pathlib.Path) -> dict | None:
+    """What `train` returned, from its file; None where there is none, or one that cannot be read, which moves aside."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as file:
+            return {"field": file["field"], "seconds": file["seconds"]}
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, RuntimeError, ValueError):
+        aside = path.with_name(f"{path.name}.damaged")
+        print(f"{path} cannot be read: kept as {aside.name}, and trained anew", file=sys.stderr)
+        path.replace(aside)
+        return None
+
+
 def grid(problem: Problem) -> tuple[Array, np.ndarray]:
     """Points [PIXELS^2, 2], row by row from below, and the data's probability on each."""
     line = (jnp.arange(PIXELS) + 0.5) / PIXELS * 2 * HALF_WIDTH - HALF_WIDTH
@@ -258,15 +287,10 @@ def table(rows: list[dict], config: Config) -> str:
 def check(config: Config) -> None:
     """Raises UserError for what would fail later, or silently mean something else."""
     optim.make(config.optim, config.steps)
-    for name, value, good, remedy in (
-        ("std", config.std, config.std > 0, "above 0"),
-        ("noise", config.noise, config.noise and all(0 < s < SIGMA_MAX for s in config.noise), f"in (0, {SIGMA_MAX})"),
-        ("level", config.level, 0 < config.level < SIGMA_MAX, f"in (0, {SIGMA_MAX})"),
-        ("inner", config.inner, config.steps % config.inner == 0, f"that divides steps={config.steps}"),
-        ("seeds", config.seeds, config.seeds > 0, "above 0"),
-    ):
-        if not good:
-            raise UserError(f"{name}={value}: choose a value {remedy}")
+    if not config.noise:
+        raise UserError("noise=(): choose at least one level")
+    if config.steps % config.inner:
+        raise UserError(f"inner={config.inner}: choose a value that divides steps={config.steps}")
 
 
 def main(config: Config, run: config_lib.Run) -> None:
@@ -279,18 +303,18 @@ def main(config: Config, run: config_lib.Run) -> None:
     chosen = {name: method for name, method in known.items() if name in (config.only or known)}
     runs: dict[str, list[dict]] = {}
     for name, method in chosen.items():
-        paths = [run.workdir / "runs" / f"{name.replace(' ', '_')}-{seed}.npz" for seed in range(config.seeds)]
-        trainer = None
-        for seed, path in enumerate(paths):
-            if path.exists():
-                continue
-            trainer = trainer or make_trainer(config, problem, method)
-            print(f"{name}, seed {seed}", file=sys.stderr)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            found = train(config, problem, method, trainer, seed, name)
-            with results.whole(path) as file:  # what is there counts as done
-                np.savez(file, **found)
-        runs[name] = [dict(np.load(path)) for path in paths]
+        runs[name], trainer = [], None
+        for seed in range(config.seeds):
+            path = run.workdir / "runs" / f"{run_name(config, name, method, seed)}.npz"
+            found = kept(path)
+            if found is None:
+                trainer = trainer or make_trainer(config, problem, method)
+                print(f"{name}, seed {seed}", file=sys.stderr)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                found = train(config, problem, method, trainer, seed, name)
+                with results.whole(path) as file:  # what is there counts as done
+                    np.savez(file, **found)
+            runs[name].append(found)
     rows = [summarise(problem, name, chosen[name], runs[name]) for name in chosen]
     text = table(rows, config)
     results.save(run.workdir / "results.json", rows)

@@ -46,12 +46,12 @@ BLUE, RED, GREEN = plots.COLOURS[:3]
 class Config:
     """How many particles, and how fine the grids are."""
 
-    particles: int = config_lib.leaf(10_000, "paths behind every number")
-    shown: int = config_lib.leaf(10, "paths drawn in each picture")
-    steps: int = config_lib.leaf(500, "steps of each simulated path")
-    cells: int = config_lib.leaf(96, "cells along each axis of the plane")
+    particles: int = config_lib.leaf(10_000, "paths behind every number", at_least=2)
+    shown: int = config_lib.leaf(10, "paths drawn in each picture", at_least=2)
+    steps: int = config_lib.leaf(500, "steps of each simulated path", at_least=20)
+    cells: int = config_lib.leaf(96, "cells along each axis of the plane", at_least=16)
     only: tuple[str, ...] = config_lib.leaf((), "only these pictures; all if empty", free=True)
-    seed: int = 0
+    seed: int = config_lib.leaf(0, "of all paths", at_least=0)
 
 
 class Row(NamedTuple):
@@ -333,10 +333,6 @@ PARTS: dict[str, Callable] = {
 
 
 def main(config: Config, run: config_lib.Run) -> None:
-    for name in ("particles", "shown", "steps", "cells"):
-        value, least = dataclasses.asdict(config)[name], {"steps": 20, "cells": 16}.get(name, 2)
-        if value < least:
-            raise UserError(f"--config.{name}={value}: choose {least} or more")
     for name in config.only:
         if name not in PARTS:
             raise UserError(f"--config.only={name!r} is no picture: choose from {', '.join(PARTS)}")

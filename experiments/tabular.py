@@ -54,7 +54,7 @@ class Config:
     epsilon: float = config_lib.leaf(0.1, "exploration of the learners", at_least=0, at_most=1)
     lam: float = config_lib.leaf(0.7, "decay of SARSA(lambda)'s traces", at_least=0, at_most=1)
     limit: int = config_lib.leaf(200, "steps after which an episode is cut", at_least=1)
-    seed: int = 0
+    seed: int = config_lib.leaf(0, "of all runs", at_least=0)
 
 
 class World(NamedTuple):
@@ -146,7 +146,8 @@ def over_seeds(config: Config, run: Callable[[Array], tuple[Array, Array]]) -> R
 def binned(episodes: Episodes, steps: int, when: Array | None = None) -> Array:
     """The mean return [BINS] of what ended in each bin of steps; `when`: [N], the step at which each episode did."""
     when = jnp.arange(len(episodes.done)) if when is None else when
-    bins = jnp.where(episodes.done & (when < steps), when * BINS // steps, BINS)
+    bin = jnp.minimum(when // (steps // BINS), BINS - 1)  # multiplied first, many steps would overflow
+    bins = jnp.where(episodes.done & (when < steps), bin, BINS)
     total, count = (jnp.zeros(BINS + 1).at[bins].add(x) for x in (episodes.episode_return, 1.0))
     return jnp.where(count > 0, total / count, jnp.nan)[:BINS]
 
@@ -211,6 +212,8 @@ def optimum(world: World) -> float:
 
 
 def main(config: Config, run: config_lib.Run) -> None:
+    if not config.worlds:
+        raise UserError(f"--config.worlds=() is empty: choose from {', '.join(WORLDS)}")
     for name in config.worlds:
         if name not in WORLDS:
             raise UserError(f"--config.worlds={name!r} is no world: choose from {', '.join(WORLDS)}")

@@ -11,8 +11,6 @@ its averaged parameters, on the same images and noises for all.  Ends with a tab
 """
 
 import dataclasses
-import hashlib
-import json
 import sys
 from typing import NamedTuple
 
@@ -24,7 +22,7 @@ from diffrl.data.catalog import DataConfig, make_source
 from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
-from diffrl.recipes import images, scores
+from diffrl.recipes import digests, images, scores
 from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import ImageConfig
 from diffrl.recipes.networks import UNetConfig
@@ -74,9 +72,8 @@ class Job(NamedTuple):
 
     def name(self) -> str:
         """The variant, the seed, and a digest of all else that the result depends on."""
-        settings = {path: leaf.value for path, leaf in config_lib.leaves(self.config).items() if not leaf.free}
-        settings |= {"steps": self.config.train.steps, "split": self.config.eval.split}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        free = {"steps": self.config.train.steps, "split": self.config.eval.split}
+        digest = digests.digest(digests.settings(self.config) | free)
         return f"{self.variant.replace(' ', '_')}-{self.config.seed}-{digest}"
 
 
@@ -145,7 +142,7 @@ def main(config: Config, run: config_lib.Run) -> None:
     jobs = plan(config)
     held_out = make_source(config.base.data, config.base.eval.split)
     path = run.workdir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else []
+    results = results_lib.load(path, [])
     done = {result.get("run"): result for result in results}
     todo = [job for job in jobs if job.name() not in done]
     for i, job in enumerate(todo):

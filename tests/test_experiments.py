@@ -36,7 +36,9 @@ def run(workdir, *flags, experiment=ddpm, presets=None, modes=("train", "sample"
 
 def parameters(workdir, step):
     """The arrays of a checkpoint, as a session restores them."""
-    config, started, _ = config_lib.parse([f"--workdir={workdir}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"))
+    config, started, _ = config_lib.parse(
+        [f"--workdir={workdir}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"), "ddpm"
+    )
     restored = images.restored_state(images.open_session(config, started))
     assert int(restored.step) == step
     return jax.tree.map(np.asarray, restored._replace(key=jax.random.key_data(restored.key)))
@@ -102,7 +104,9 @@ def test_eval_mode_measures_bits_per_dim(trained, capsys):
 
 def test_only_the_first_process_writes(trained, monkeypatch):
     files = {path: path.stat().st_mtime_ns for path in trained.glob("*.*")}
-    config, started, _ = config_lib.parse([f"--workdir={trained}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"))
+    config, started, _ = config_lib.parse(
+        [f"--workdir={trained}", "--mode=sample"], ddpm.PRESETS, ("train", "sample"), "ddpm"
+    )
     session = images.open_session(config, started)
     monkeypatch.setattr(images, "restored_state", images.initial_state)
     monkeypatch.setattr(jax, "process_index", lambda: 1)

@@ -67,6 +67,27 @@ def test_a_sweep_and_its_resume(tmp_path, capsys):
         ("--config.methods=('magic',)", "choose one of classifier-free"),
         ("--config.model.eval.judge=none", "measured by a judge"),
         ("--noconfig.model.conditional", "needs its labels"),
+        ("--config.weak_channels=0", "expected at least 1"),
+        ("--config.weak_channels=6", "groups=4 does not divide the levels' channels [6, 12]"),
+        ("--config.weak_steps=0", "expected at least 1"),
+        ("--config.scales=()", "at least one scale"),
+        ("--config.scales=(1.0,-1.0)", "expected at least 0"),
+        ("--config.classifier_scales=()", "at least one scale"),
+        ("--config.low=3", "a value below high=3"),
+        ("--config.phi=1.5", "at most 1"),
+        ("--config.eta=-1", "at least 0"),
+        ("--config.radius=0", "above 0"),
+        ("--config.beta=1", "below 1"),
+        ("--config.sets=0", "expected at least 1"),
+        *(
+            (f"--config.classifier.{name}=0", f"classifier.{name}=0: expected at least 1")
+            for name in ("channels", "blocks", "heads", "groups", "steps")
+        ),
+        ("--config.classifier.groups=3", "groups=3 does not divide 8 channels"),
+        ("--config.classifier.heads=3", "a divisor of the last level's 16"),
+        ("--config.classifier.multipliers=(1,0)", "one for each level"),
+        ("--config.classifier.multipliers=()", "one for each level"),
+        ("--config.classifier.dropout=1", "below 1"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, words):

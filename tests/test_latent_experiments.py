@@ -174,7 +174,10 @@ def test_latent_diffusion(coded, tmp_path, capsys):
 
 def _open(experiment, workdir):
     config, started, _ = config_lib.parse(
-        [f"--workdir={workdir}", "--mode=sample"], experiment.PRESETS, ("train", "sample")
+        [f"--workdir={workdir}", "--mode=sample"],
+        experiment.PRESETS,
+        ("train", "sample"),
+        experiment.__name__.rpartition(".")[2],
     )
     return images.open_session(config, started)
 
@@ -241,10 +244,56 @@ def test_compression(tmp_path):
     flags += [*DIFFUSION, "--config.train.steps=2", "--config.loss.critic_channels=8"]
     run(ldm, tmp_path, *flags, makers=("compression",))
     found = json.loads((tmp_path / "compression.json").read_text())
-    assert set(found) == {"f2_vq"}
-    assert found["f2_vq"]["latent"] == [4, 4, 4]
+    assert {name.partition("-")[0] for name in found} == {"f2_vq"}
+    assert [row["latent"] for row in found.values()] == [[4, 4, 4]]
     assert all(row["ms_per_sample"] > 0 and row["frechet"] > 0 for row in found.values())
     assert len((tmp_path / "compression.md").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "measured", "coded", "diffused"),
+    [
+        ([], 0, 0, 0),
+        (["--config.train.log_every=7", "--config.sample.count=9"], 0, 0, 0),
+        (["--config.compression.kinds=('vq','kl')"], 1, 1, 1),
+        (["--config.sample.guidance=5"], 1, 0, 0),
+        (["--config.sample.steps=2"], 1, 0, 0),
+        (["--config.eval.samples=10"], 1, 0, 0),
+        (["--config.dit.width=48"], 1, 0, 1),
+        (["--config.compression.diffusion_steps=9"], 1, 0, 1),
+        (["--config.compression.steps=9"], 1, 1, 1),
+        (["--config.optim.learning_rate=1"], 1, 1, 1),
+    ],
+)
+def test_cells_are_used_where_they_belong_and_are_kept(tmp_path, monkeypatch, flags, measured, coded, diffused):
+    """Numbers with the settings of their samples and scores, networks with those of their training."""
+    cells = []
+
+    def work(cell, run):
+        cells.append(cell)
+        return {"latent": [4, 4, 4], "ms_per_sample": float(len(cells))}
+
+    def compare(*given):
+        base = ["--mode=compression", "--config.compression.factors=(2,)", "--config.compression.channels=(4,)"]
+        run(ldm, tmp_path, *base, "--config.compression.kinds=('vq',)", *given, makers=("compression",))
+        return (tmp_path / "compression.md").read_text()
+
+    monkeypatch.setattr(ldm, "work", work)
+    table, saved = compare(), (tmp_path / "compression.json").read_text()
+    assert (compare(*flags, "--accept_changes") != table) == bool(measured)
+    assert len(cells) == 1 + measured
+    for part, new in ((ldm.Cell.codec, coded), (ldm.Cell.model, diffused)):
+        assert (part(cells[-1]) != part(cells[0])) == bool(new)
+    assert json.loads(saved).items() <= json.loads((tmp_path / "compression.json").read_text()).items()
+    assert compare("--preset=digits", "--accept_changes") == table  # the first are still there
+    assert len(cells) == 1 + measured
+
+
+def test_a_study_of_nothing_is_refused(tmp_path, capsys):
+    for flag in ("factors=()", "kinds=()"):
+        with pytest.raises(SystemExit):
+            run(ldm, tmp_path, "--mode=compression", f"--config.compression.{flag}", makers=("compression",))
+        assert "give at least one of each" in capsys.readouterr().err
 
 
 @pytest.mark.long

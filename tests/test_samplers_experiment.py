@@ -61,7 +61,7 @@ def test_quality_is_measured_once_and_a_trained_model_is_taken(tmp_path, capsys,
     run(workdir, *TINY, "--config.methods=('DPM-Solver++(2M)',)")  # nothing is left to do
     assert json.loads((workdir / "results.json").read_text()) == results
 
-    config, _, _ = config_lib.parse([f"--workdir={workdir}"], samplers.PRESETS)
+    config, _, _ = config_lib.parse([f"--workdir={workdir}"], samplers.PRESETS, name="samplers")
     config_tree.save(workdir / "model", "digits", config.image)  # as experiments.ddpm leaves it
     other = tmp_path / "other"
     run(other, *TINY, f"--config.model={workdir / 'model'}", "--config.methods=('DPM-Solver++(2M)',)")
@@ -94,7 +94,16 @@ def test_a_budget_is_spent_and_never_exceeded(name):
     [
         ("--config.methods=('Milstein',)", "choose one of DDIM"),
         ("--config.grid=sigmoid", "choose one of linear"),
-        ("--config.budgets=(0,4)", "at least one network call"),
+        ("--config.budgets=(0,4)", "expected at least 1"),
+        ("--config.budgets=()", "budgets=(): expected at least one number"),
+        ("--config.image_budgets=()", "image_budgets=(): expected at least one number"),
+        ("--config.grid_budget=0", "expected at least 1"),
+        ("--config.reference_steps=0", "expected at least 1"),
+        ("--config.points=0", "expected at least 4"),
+        ("--config.sigma_min=0", "expected above 0"),
+        ("--config.sigma_max=-1", "expected above 0"),
+        ("--config.sigma_min=90", "sigma_min=90.0 is not below"),  # though the grid is the linear one
+        ("--config.solver.snr=-1", "solver.snr=-1.0: expected at least 0"),
         ("--config.model=nowhere", "no run here"),
     ],
 )

@@ -41,7 +41,7 @@ def test_everything_is_near_theory(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.cells=8", "--config.cells=8: choose 16 or more"),
+        ("--config.cells=8", "--config.cells=8: expected at least 16"),
         ("--config.only=('bridge',)", "'bridge' is no picture: choose from paths, langevin"),
     ],
 )

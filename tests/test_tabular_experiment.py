@@ -28,6 +28,8 @@ def test_ends_with_pictures_and_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
+        ("--config.worlds=()", "--config.worlds=() is empty: choose from lake"),
+        ("--config.seed=-1", "at least 0"),
         ("--config.worlds=('moon',)", "is no world: choose from lake"),
         ("--config.learners=('guess',)", "is no learner: choose from SARSA"),
         ("--config.seeds=1", "at least 2"),

@@ -79,7 +79,7 @@ class PlanConfig:
         at_least=0,
     )
     gain: float = leaf(1.0, "mazes: of the controller that follows a plan, 1 in the paper", free=True, above=0)
-    seed: int = leaf(0, "of episodes and plans", free=True)
+    seed: int = leaf(0, "of episodes and plans", free=True, at_least=0)
 
 
 @dataclasses.dataclass
@@ -118,6 +118,8 @@ class DecisionConfig:
         0.0,
         "return that plans are asked for, as its rank, 0 to 1, among the demonstrations'; 0: by quantile",
         free=True,
+        at_least=0,
+        at_most=1,
     )
     quantile: float = leaf(
         0.0,
@@ -151,6 +153,8 @@ def check_every(config: ModelConfig, every: int) -> None:
 
 def make_network(config: NetConfig, outputs: int, conditions: int = 0) -> Any:
     """The flax module (x [B, H, C], t [B], cond) -> [B, H, outputs]."""
+    if config.kind == "unet" and not config.multipliers:
+        raise UserError("net.multipliers=(): give one for each level, as in (1,4,8)")
     dtype = denoising.choose("net.dtype", config.dtype, {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
     makers = {
         "unet": lambda: TemporalUNet(outputs, config.channels, config.multipliers, conditions=conditions, dtype=dtype),

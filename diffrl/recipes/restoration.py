@@ -12,7 +12,6 @@ from diffrl.diffusion import constraints, guidance, inverse, samplers
 from diffrl.diffusion.operators import Operator
 from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler, sample, start
-from diffrl.errors import UserError
 from diffrl.recipes import denoising
 from diffrl.recipes.images import Model
 
@@ -23,11 +22,11 @@ Array = jax.Array
 class RestorationConfig:
     """How images are restored; see `diffrl.diffusion.constraints` and `diffrl.diffusion.inverse`."""
 
-    steps: int = leaf(50, "of the sampler", free=True)
-    jump: int = leaf(5, "RePaint: steps of a stretch of the grid", free=True)
-    resample: int = leaf(5, "RePaint: how often a stretch is walked", free=True)
-    dps_scale: float = leaf(0.5, "DPS: step along the residual's gradient", free=True)
-    data_variance: float = leaf(0.25, "PiGDM, and DDNM under noise: variance of a pixel", free=True)
+    steps: int = leaf(50, "of the sampler", free=True, at_least=1)
+    jump: int = leaf(5, "RePaint: steps of a stretch of the grid", free=True, at_least=1)
+    resample: int = leaf(5, "RePaint: how often a stretch is walked", free=True, at_least=1)
+    dps_scale: float = leaf(0.5, "DPS: step along the residual's gradient", free=True, above=0)
+    data_variance: float = leaf(0.25, "PiGDM, and DDNM under noise: variance of a pixel", free=True, above=0)
 
 
 class Method(NamedTuple):
@@ -48,8 +47,6 @@ def methods(config: RestorationConfig, process: Process, grid: Array) -> dict[st
 
     The estimate is clipped where no gradient goes through it: a clipped pixel has none.
     """
-    if config.jump < 1 or config.resample < 1:
-        raise UserError(f"RePaint with jump={config.jump} and resample={config.resample}: take at least 1 of each")
     clip, variance = guidance.clip, config.data_variance
 
     def ancestral(denoise):

@@ -243,21 +243,11 @@ def sweep(config: Config, name: str, generate: Callable, classes: int, ruler: Ru
 def check(config: Config) -> None:
     """Raises UserError for what would fail only after the training, or silently mean something else."""
     noisy = config.classifier
-    for name in ("channels", "blocks", "heads", "groups", "steps"):
-        value = dataclasses.asdict(noisy)[name]
-        if value < 1:
-            raise UserError(f"--config.classifier.{name}={value}: expected at least 1")
     for name, value, good, remedy in (
         ("scales", config.scales, config.scales, "at least one scale"),
         ("classifier_scales", config.classifier_scales, config.classifier_scales, "at least one scale"),
         ("low", config.low, config.low < config.high, f"a value below high={config.high}"),
-        (
-            "classifier.multipliers",
-            noisy.multipliers,
-            min(noisy.multipliers, default=0) > 0,
-            "one for each level, above 0",
-        ),
-        ("classifier.dropout", noisy.dropout, 0 <= noisy.dropout < 1, "at least 0 and below 1"),
+        ("classifier.multipliers", noisy.multipliers, noisy.multipliers, "one for each level"),
     ):
         if not good:
             raise UserError(f"--config.{name}={value}: expected {remedy}")

@@ -242,9 +242,6 @@ def check(config: Config) -> None:
     for name, budgets in (("budgets", config.budgets), ("image_budgets", config.image_budgets)):
         if not budgets:
             raise UserError(f"--config.{name}=(): expected at least one number of network calls")
-    for name, value in dataclasses.asdict(config.solver).items():
-        if value < 0:
-            raise UserError(f"--config.solver.{name}={value}: expected at least 0")
     for name in (config.grid, *GRIDS):
         make_grid(config, name, process.cosine(), 2)
 

@@ -29,13 +29,13 @@ Array = jax.Array
 class ClassifierConfig:
     """The network (see `NoisyClassifier`) and its training; the defaults suit 8x8 digits."""
 
-    channels: int = 32
-    multipliers: tuple[int, ...] = (1, 2)
-    blocks: int = 1
-    heads: int = 4
-    groups: int = 8
-    dropout: float = 0.1
-    steps: int = leaf(300, "updates in all")
+    channels: int = leaf(32, "of the first level", at_least=1)
+    multipliers: tuple[int, ...] = leaf((1, 2), "of the channels, a level each", at_least=1)
+    blocks: int = leaf(1, "of each level", at_least=1)
+    heads: int = leaf(4, "of attention", at_least=1)
+    groups: int = leaf(8, "of group normalisation", at_least=1)
+    dropout: float = leaf(0.1, at_least=0, below=1)
+    steps: int = leaf(300, "updates in all", at_least=1)
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(1e-3, warmup_steps=20, schedule="cosine", weight_decay=0.05)
     )

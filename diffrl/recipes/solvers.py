@@ -19,9 +19,9 @@ from diffrl.evaluate import plots
 class SolverConfig:
     """How much noise the samplers have that can have more or less of it."""
 
-    s_churn: float = leaf(10.0, "of Heun with churn: how much noise a whole walk adds")
-    snr: float = leaf(0.16, "of predictor-corrector: noise to gradient, which sets the corrector's step")
-    langevin: float = leaf(0.3, "of annealed Langevin: a move at level sigma is this times sigma^2 long")
+    s_churn: float = leaf(10.0, "of Heun with churn: how much noise a whole walk adds", at_least=0)
+    snr: float = leaf(0.16, "of predictor-corrector: noise to gradient, which sets the corrector's step", at_least=0)
+    langevin: float = leaf(0.3, "of annealed Langevin: a move at level sigma is this times sigma^2 long", at_least=0)
 
 
 class Method(NamedTuple):

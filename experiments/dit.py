@@ -26,7 +26,7 @@ from diffrl.config import leaf
 from diffrl.data.catalog import DataConfig
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
-from diffrl.recipes import image_runs, images, judging, results, scores
+from diffrl.recipes import digests, image_runs, images, judging, results, scores
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.images import EvalConfig, ImageConfig
 from diffrl.recipes.latents import LatentsConfig
@@ -123,7 +123,8 @@ def scaling(config: Config, run: config_lib.Run) -> None:
     found: dict[str, Any] = {}
     for name, sized in plan.items():
         print(f"[{len(found) + 1}/{len(plan)}] DiT {name}", file=sys.stderr)
-        found[name] = measure(sized, config.scaling.points, run._replace(workdir=run.workdir / name.replace(" ", "_")))
+        place = run.workdir / f"{name}-{digest(sized)}"
+        found[name] = measure(sized, config.scaling.points, run._replace(workdir=place))
         results.save(run.workdir / "scaling.json", found)
     curves = {
         f"{name} ({row['parameters'] / 1e6:.2f} M)": (
@@ -155,6 +156,12 @@ def sizes(config: Config) -> dict[str, Config]:
         train = dataclasses.replace(config.train, sample_every=0)
         found[f"{width}x{depth}"] = dataclasses.replace(config, dit=dit, optim=optim, train=train)
     return found
+
+
+def digest(config: Config) -> str:
+    """Of what a curve depends on; longer training only prolongs it."""
+    others = [path for path in config_lib.leaves(config) if path.startswith(("scaling.", "sample.", "eval."))]
+    return digests.digest(digests.settings(config, without=others) | {"split": config.eval.split})
 
 
 def measure(config: Config, points: int, run: config_lib.Run) -> dict[str, Any]:

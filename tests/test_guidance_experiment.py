@@ -85,7 +85,7 @@ def test_a_sweep_and_its_resume(tmp_path, capsys):
         ),
         ("--config.classifier.groups=3", "groups=3 does not divide 8 channels"),
         ("--config.classifier.heads=3", "a divisor of the last level's 16"),
-        ("--config.classifier.multipliers=(1,0)", "one for each level"),
+        ("--config.classifier.multipliers=(1,0)", "at least 1"),
         ("--config.classifier.multipliers=()", "one for each level"),
         ("--config.classifier.dropout=1", "below 1"),
     ],

@@ -222,6 +222,9 @@ def test_scaling(tmp_path, capsys):
     before = capsys.readouterr().out
     run(dit, tmp_path, *flags, makers=("scaling",))  # done: the same numbers, nothing trained
     assert before == capsys.readouterr().out
+    run(dit, tmp_path, *flags, "--config.optim.learning_rate=0.02", "--accept_changes", makers=("scaling",))
+    for name, row in json.loads((tmp_path / "scaling.json").read_text()).items():
+        assert row["losses"] != found[name]["losses"]  # another config's curves are not this one's
     with pytest.raises(SystemExit):
         run(dit, tmp_path, *flags, "--config.scaling.heads=(2,)", "--accept_changes", makers=("scaling",))
 

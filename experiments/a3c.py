@@ -136,6 +136,7 @@ def train(config: Config, workdir: pathlib.Path) -> Result:
             checkpoints.wait()  # for the one that may be under way
             if int(result.state.steps) not in checkpoints.steps():
                 evaluate(result)
+            bar.close()
             if int(result.state.steps) < run.steps:
                 raise loop.stopped(signals.received(0), int(result.state.steps), checkpoints)
         return result

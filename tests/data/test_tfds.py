@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(prepared, monkeypatch):
     assert "Unknown split 'valid'. Should be one of ['train']" in message("tiny", "valid", str(prepared))
     assert "tensorflow-datasets has no set 'mnst': did you mean 'mnist'" in message("mnst", "train", str(prepared))
     missing = message("mnist", "train", str(prepared))
-    assert f"tfds:mnist is not prepared in {prepared}: pip install 'diffrl[tfds]'" in missing
+    assert f"tfds:mnist is not prepared in {prepared}: pip install -e '.[tfds]'" in missing
     assert "point --config.data.dir" in missing
     with pytest.raises(UserError, match=r"no train-images-idx3-ubyte.gz in .*, and tfds:mnist is not prepared"):
         make_source(DataConfig("mnist", dir=str(prepared)))

@@ -97,9 +97,9 @@ def test_a_world_of_gymnasium_is_gymnasiums():
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize(("name", "wanted"), [("CliffWalking-v1", 30), ("Taxi-v3", 200)])
+@pytest.mark.parametrize(("name", "wanted"), [("CliffWalking-v1", 30), ("MountainCar-v0", 200)])
 def test_episodes_without_a_limit_get_one(name, wanted):
-    """Up against the wall, for ever; Taxi knows a limit of its own."""
+    """Up against the wall, for ever; the mountain car knows a limit of its own."""
     pytest.importorskip("gymnasium")
     world = host.gymnasium_world(name, limit=30)
     world.reset(0)

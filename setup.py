@@ -50,7 +50,7 @@ setup(
         "envs": [
             "ale-py>=0.12",
             "brax>=0.14.2",
-            "gymnasium>=1.2",
+            "gymnasium[mujoco]>=1.2",
             "gymnax>=1.0.1",
             "mujoco==3.17.*",
             "mujoco-mjx==3.17.*",

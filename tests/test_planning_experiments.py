@@ -205,6 +205,7 @@ def test_decision_diffuser_learns_plans_actions_and_prospects(tmp_path):
 def test_robots_plan_from_a_file_and_walk(experiment, tmp_path):
     """Demonstrations of no skill: two falls and a cut episode; planners trained for two steps walk until they fall."""
     pytest.importorskip("gymnasium")
+    pytest.importorskip("imageio")
     random = np.random.default_rng(0)
     file = tmp_path / "hops.npz"
     falls, cuts = np.zeros((2, 300), bool)

@@ -12,6 +12,7 @@ from diffrl.rl import experts, locomotion
 
 pytest.importorskip("gymnasium", reason="gymnasium, of the [envs] extra, has the walkers")
 pytest.importorskip("mujoco", reason="mujoco, of the [envs] extra, moves the walkers")
+pytest.importorskip("imageio", reason="imageio, of gymnasium's own [mujoco] extra, is imported with the walkers")
 
 
 @pytest.fixture(scope="module")

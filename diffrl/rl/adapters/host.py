@@ -102,6 +102,8 @@ class _Gymnasium:
             self._env = name() if callable(name) else gymnasium.make(name, disable_env_checker=True)
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv) as error:
             raise unknown("gymnasium", str(name), gymnasium.registry) from error
+        except ModuleNotFoundError as error:  # MuJoCo's worlds want imageio, too
+            raise not_installed(error) from error
         except gymnasium.error.DependencyNotInstalled as error:
             raise UserError(f"gymnasium cannot make {name}: {' '.join(str(error).split())}") from error
         spec = self._env.spec

@@ -1,11 +1,13 @@
 """What agents with a stochastic policy share: how they act, and their networks over whole rollouts."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffrl.rl import minibatches as mb
 from diffrl.rl.agent import ActorCritic
 from diffrl.rl.distributions import Distribution
 
@@ -28,11 +30,19 @@ def acting(
 
 
 def over_time(f: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """(params, obs [N, ...]) -> [N, ...], made to take and give a rollout [T, N, ...].
+    """(params, obs [B, ...]) -> [B, ...], made to take and give a rollout [T, N, ...].
 
-    By vmap and not by a reshape: worlds that lie on several devices stay there.
+    All rows become one batch, whose products a CPU multiplies faster than T small ones; by groups of worlds, so that
+    worlds that lie on several devices stay there.
     """
-    return jax.vmap(f, in_axes=(None, 0))
+
+    def over(params: Any, obs: Any) -> Any:
+        steps, worlds = jax.tree.leaves(obs)[0].shape[:2]
+        groups = math.gcd(worlds, mb.GROUPS)
+        given = f(params, mb.flat(mb.grouped(obs, groups)))
+        return jax.tree.map(lambda x: mb.ungrouped(x.reshape(groups, -1, *x.shape[1:]), steps), given)
+
+    return over
 
 
 def explained_variance(target: Array, value: Array) -> Array:

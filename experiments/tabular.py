@@ -13,6 +13,9 @@ Writes
     learning.png      return of the episodes against steps, mean and 95 % interval over the seeds
     exploration.png   the same for the rules of exploration
     table.md          what the greedy policy of each learner is worth beside the optimum; results.json
+    runs/             what each learner came to in each world
+
+A second run of the command takes what has ended from there, also with other worlds or learners.
 
 Expected: optima 0.8235 (lake), -13 (cliff), 7.93 (Taxi).  On the cliff Q-learning's greedy policy walks along the edge
 (-13) while its exploring episodes earn about -50; SARSA learns the way round (-17 to -15) and earns about -23, as in
@@ -21,17 +24,19 @@ example 6.6 of the book.  Double Q-learning halves its experience between two ta
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from diffrl import config as config_lib
 from diffrl.errors import UserError
 from diffrl.evaluate import plots
-from diffrl.recipes import results
+from diffrl.recipes import digests, results
 from diffrl.rl import dynamic_programming as dp
 from diffrl.rl import exploration, gridworlds, mdp, tabular, wrappers
 from diffrl.rl.exploration import Rule
@@ -46,8 +51,8 @@ BINS = 60  # points of a learning curve
 class Config:
     """What is learned where, and for how long."""
 
-    worlds: tuple[str, ...] = config_lib.leaf(("lake", "cliff", "taxi"), "of lake, lake8x8, cliff, taxi")
-    learners: tuple[str, ...] = config_lib.leaf((), "only these; all if empty")
+    worlds: tuple[str, ...] = config_lib.leaf(("lake", "cliff", "taxi"), "of lake, lake8x8, cliff, taxi", free=True)
+    learners: tuple[str, ...] = config_lib.leaf((), "only these; all if empty", free=True)
     seeds: int = config_lib.leaf(10, "independent runs of each learner", at_least=2)
     steps: int = config_lib.leaf(100_000, "of each run", at_least=10 * BINS)
     alpha: float = config_lib.leaf(0.3, "step size", above=0, at_most=1)
@@ -135,6 +140,39 @@ def monte_carlo(config: Config, world: World) -> Run:
         return curve, worth(config, world, table.q)
 
     return over_seeds(config, run)
+
+
+class Kept:
+    """Runs that have ended, each in a file named by all that it depends on; shows how many are to come.
+
+    Args:
+        folder: of the files.
+        total: how many will be asked for.
+    """
+
+    def __init__(self, config: Config, folder: pathlib.Path, total: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._settings, self._folder = digests.settings(config), folder
+        self._bar = tqdm(total=total, unit="run", dynamic_ncols=True)
+
+    def __call__(self, world: str, name: str, make: Callable[[], Run]) -> Run:
+        """What `make` gave when this was last asked for, or gives now."""
+        self._bar.set_description(f"{name} in {world}")
+        path = self._folder / f"{digests.digest(self._settings | {'world': world, 'learner': name})}.json"
+        found = results.load(path, None)
+        if found is None:
+            made = make()
+            found = {"world": world, "learner": name, "greedy": made.greedy.tolist()}
+            found["curve"] = made.curve.filled(np.nan).tolist()
+            results.save(path, found)
+        self._bar.update()
+        return Run(np.ma.masked_invalid(found["curve"]), np.asarray(found["greedy"]))
+
+    def __enter__(self) -> "Kept":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
 
 
 def over_seeds(config: Config, run: Callable[[Array], tuple[Array, Array]]) -> Run:
@@ -226,24 +264,29 @@ def main(config: Config, run: config_lib.Run) -> None:
     greedy_rule = exploration.epsilon_greedy(config.epsilon)
     lines = ["| world | learner | greedy policy | last tenth of the episodes |", "|---|---|---|---|"]
     saved, panels = {}, {}
-    for name in config.worlds:
-        world = WORLDS[name]()
-        best = optimum(world)
-        lines.append(f"| {name} | optimum | {best:.4f} | |")
-        makers = {
-            each: functools.partial(train, config, world, learner, greedy_rule)
-            for each, learner in learners(config, world.discount).items()
-        }
-        makers["Monte Carlo"] = functools.partial(monte_carlo, config, world)
-        runs = {each: makers[each]() for each in config.learners or makers}
-        panels[name], saved[name] = runs, {"optimum": best, **{each: summary(r) for each, r in runs.items()}}
-        lines += [row(name, each, r) for each, r in runs.items()]
-    draw_curves(config, run.workdir / "learning.png", panels, [WORLDS[name]() for name in config.worlds])
+    tries = rules(config)
+    total = len(config.worlds) * len(config.learners or known) + len(tries)
+    with Kept(config, run.workdir / "runs", total) as kept:
+        for name in config.worlds:
+            world = WORLDS[name]()
+            best = optimum(world)
+            lines.append(f"| {name} | optimum | {best:.4f} | |")
+            makers = {
+                each: functools.partial(train, config, world, learner, greedy_rule)
+                for each, learner in learners(config, world.discount).items()
+            }
+            makers["Monte Carlo"] = functools.partial(monte_carlo, config, world)
+            runs = {each: kept(name, each, makers[each]) for each in config.learners or makers}
+            panels[name], saved[name] = runs, {"optimum": best, **{each: summary(r) for each, r in runs.items()}}
+            lines += [row(name, each, r) for each, r in runs.items()]
 
-    lake = WORLDS["lake"]()
-    tried = {
-        name: train(config, lake, tabular.q_learning(0.1, lake.discount), rule) for name, rule in rules(config).items()
-    }
+        lake = WORLDS["lake"]()
+        learner = tabular.q_learning(0.1, lake.discount)
+        tried = {
+            name: kept("lake", f"Q-learning, alpha 0.1, {name}", functools.partial(train, config, lake, learner, rule))
+            for name, rule in tries.items()
+        }
+    draw_curves(config, run.workdir / "learning.png", panels, [WORLDS[name]() for name in config.worlds])
     draw_curves(config, run.workdir / "exploration.png", {"Q-learning on the slippery lake": tried}, [lake])
     lines += [row("lake, alpha 0.1", f"Q-learning, {each}", r) for each, r in tried.items()]
     saved["exploration"] = {each: summary(r) for each, r in tried.items()}

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from diffrl import config as config_lib
@@ -23,6 +24,27 @@ def test_ends_with_pictures_and_a_table(tmp_path, capsys):
     assert set(found) == {"optimum", "Q-learning", "Monte Carlo"}
     assert found["Q-learning"]["late"][0] > found["Monte Carlo"]["late"][0]
     assert "everything lies in" in capsys.readouterr().out
+
+
+def test_a_second_run_takes_what_has_ended(tmp_path, monkeypatch):
+    rounds = []
+
+    def train(config, world, learner, rule):
+        rounds.append(config.alpha)
+        curve = np.ma.masked_invalid(np.random.default_rng(len(rounds)).normal(size=(config.seeds, tabular.BINS)))
+        curve[0, 3] = np.ma.masked
+        return tabular.Run(curve, np.arange(config.seeds) / 3)
+
+    monkeypatch.setattr(tabular, "train", train)
+    run(tmp_path, "--config.learners=('Q-learning',)")
+    first = (tmp_path / "results.json").read_text()
+    run(tmp_path, "--config.learners=('Q-learning',)")
+    assert len(rounds) == 5  # Q-learning and four rules
+    assert (tmp_path / "results.json").read_text() == first
+    run(tmp_path, "--config.learners=('SARSA','Q-learning')")
+    assert len(rounds) == 6
+    run(tmp_path, "--config.learners=('Q-learning',)", "--config.alpha=0.2", "--accept_changes")
+    assert rounds[6:] == [0.2] * 5  # nothing of another step size is passed off as its
 
 
 @pytest.mark.parametrize(

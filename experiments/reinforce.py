@@ -66,6 +66,7 @@ def contestant(config: Config, env: Environment, variant: str) -> Contestant:
 def main(config: Config, run: config_lib.Run) -> None:
     reinforcement.check_names("reinforce.variants", config.reinforce.variants, ("baseline", "plain"))
     env = worlds.vector(config.world, config.world.num)
+    policies.check(config.net, env, Config().net, torso=False)
     contestants = {variant: contestant(config, env, variant) for variant in config.reinforce.variants}
     reinforcement.contest(config, run, contestants)
 

@@ -17,6 +17,7 @@ import optax
 
 from diffrl import config as config_lib
 from diffrl.config import leaf
+from diffrl.errors import UserError
 from diffrl.nets import perceptron
 from diffrl.recipes import policies, reinforcement, replaying, worlds
 from diffrl.recipes.policies import NetConfig
@@ -55,6 +56,8 @@ def build(config: Config, env: Environment) -> Agent:
     """The agent of a config in a vectorised environment."""
     settings, net = config.sac, config.net
     policies.check(net, env, Config().net, ("squash", "free_std"))
+    if policies.is_picture(env):
+        raise UserError(f"{env.name} shows pictures, and SAC's networks take vectors: use ppo, or dqn")
     options: dict[str, Any] = {"activation": policies.activation(net.activation), "orthogonal": net.orthogonal}
     (observed,) = env.obs.shape[1:]
     size = 0 if env.actions.num is not None else env.actions.shape[0]

@@ -57,7 +57,9 @@ class Config:
     steps: int = config_lib.leaf(100_000, "of each run", at_least=10 * BINS)
     alpha: float = config_lib.leaf(0.3, "step size", above=0, at_most=1)
     epsilon: float = config_lib.leaf(0.1, "exploration of the learners", at_least=0, at_most=1)
-    lam: float = config_lib.leaf(0.7, "decay of SARSA(lambda)'s traces", at_least=0, at_most=1)
+    lam: float = config_lib.leaf(
+        0.7, "decay of SARSA(lambda)'s traces, whose steps are (1 - lambda) alpha", at_least=0, below=1
+    )
     limit: int = config_lib.leaf(200, "steps after which an episode is cut", at_least=1)
     seed: int = config_lib.leaf(0, "of all runs", at_least=0)
 
@@ -259,6 +261,10 @@ def main(config: Config, run: config_lib.Run) -> None:
     for name in config.learners:
         if name not in known:
             raise UserError(f"--config.learners={name!r} is no learner: choose from {', '.join(known)}")
+    if config.limit > config.steps:
+        raise UserError(
+            f"--config.limit={config.limit}: no episode need end in {config.steps} steps; choose a lower one"
+        )
     run.workdir.mkdir(parents=True, exist_ok=True)
     draw_optimal(config, run.workdir / "optimal.png")
     greedy_rule = exploration.epsilon_greedy(config.epsilon)

@@ -17,6 +17,7 @@ import optax
 
 from diffrl import config as config_lib
 from diffrl.config import leaf
+from diffrl.errors import UserError
 from diffrl.recipes import policies, reinforcement, worlds
 from diffrl.recipes.policies import NetConfig
 from diffrl.recipes.reinforcement import Contestant, RunConfig
@@ -109,10 +110,16 @@ def agent(config: Config, env: Environment, name: str) -> Agent:
 def main(config: Config, run: config_lib.Run) -> None:
     settings = config.contest
     reinforcement.check_names("contest.agents", settings.agents, ("trpo", "ppo"))
+    if not settings.worlds:
+        raise UserError(f"--config.contest.worlds=() is empty: choose from {worlds.NAMES}")
+    if config.world.name != WorldConfig().name:
+        raise UserError(f"--config.world.name={config.world.name}: the worlds are those of --config.contest.worlds")
     contestants = {}
     for world in settings.worlds:
         here = dataclasses.replace(config.world, name=world)
         env = worlds.vector(here, here.num, reward_scale=settings.reward_scale)
+        if len(settings.worlds) == 1:  # among several, what says nothing of one may be meant for another
+            policies.check(config.net, env, Config().net, torso=False)
         for name in settings.agents:
             contestants[f"{world}/{name}"] = Contestant(
                 here,

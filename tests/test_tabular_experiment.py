@@ -55,6 +55,8 @@ def test_a_second_run_takes_what_has_ended(tmp_path, monkeypatch):
         ("--config.worlds=('moon',)", "is no world: choose from lake"),
         ("--config.learners=('guess',)", "is no learner: choose from SARSA"),
         ("--config.seeds=1", "at least 2"),
+        ("--config.lam=1", "below 1"),
+        ("--config.limit=5000", "no episode need end in 3000 steps"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, words):

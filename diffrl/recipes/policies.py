@@ -57,17 +57,20 @@ def distribution(config: NetConfig, env: Environment) -> Distribution:
     return distributions.of(env.actions, config.squash)
 
 
-def check(config: NetConfig, env: Environment, usual: NetConfig, unused: Sequence[str] = ()) -> None:
+def check(
+    config: NetConfig, env: Environment, usual: NetConfig, unused: Sequence[str] = (), torso: bool = True
+) -> None:
     """Raises UserError for a flag that was changed and says nothing here.
 
     Args:
         usual: the experiment's own.
         unused: fields of no use to the algorithm; those of no use to these observations or actions are known.
+        torso: pictures have a network of their own; else they are flattened.
     """
     reasons = dict.fromkeys(unused, "the algorithm")
     if env.actions.num is not None:
         reasons |= dict.fromkeys(("squash", "free_std"), "numbered actions")
-    if is_picture(env):
+    if torso and is_picture(env):
         reasons |= {field.name: "pictures" for field in dataclasses.fields(NetConfig) if field.name not in reasons}
     for name, reason in reasons.items():
         value, wanted = getattr(config, name), getattr(usual, name)

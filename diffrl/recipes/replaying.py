@@ -37,6 +37,17 @@ def driver(
     """
     if num % settings.groups:
         raise UserError(f"--config.{section}.groups={settings.groups} does not divide {num} worlds: choose another")
+    if settings.batch % settings.groups:
+        raise UserError(
+            f"--config.{section}.batch={settings.batch} is no multiple of --config.{section}.groups={settings.groups}: "
+            "choose one"
+        )
+    rows = max(settings.n_step, settings.unroll + settings.n_step - 1)
+    if settings.buffer // num < rows:
+        raise UserError(
+            f"--config.{section}.buffer={settings.buffer} keeps {settings.buffer // num} steps of each of {num} worlds "
+            f"where {rows} are needed: choose at least {rows * num}"
+        )
     make = replay.prioritised if settings.prioritised else replay.uniform
     return off_policy(
         env,

@@ -191,10 +191,12 @@ def monte_carlo(
     world = wrappers.monitor(wrappers.time_limit(env, horizon))
     actions = _numbered(env)
 
-    def episode(table: Any, key: Array) -> tuple[Any, Episodes]:
+    def episode(learnt: Any, key: Array) -> tuple[Any, Episodes]:
+        table, before = learnt
+
         def act(carry, n):
             state, over = carry
-            p = rule(table.q[state.obs], table.visits[state.obs], n)
+            p = rule(table.q[state.obs], table.visits[state.obs], before + n)
             action = jax.random.categorical(jax.random.fold_in(key, n), jnp.log(p))
             new = world.step(state, action)
             new = jax.tree.map(lambda old, new: jnp.where(over, old, new), state, new)
@@ -212,12 +214,13 @@ def monte_carlo(
         visits = table.visits + seen
         gained = jnp.where(seen, returns[jnp.minimum(earliest, horizon - 1)] - table.q, 0.0)
         q = table.q + gained / jnp.maximum(visits, 1)
-        done = jnp.ones((), bool)
-        return Table(q, table.trace, visits), Episodes(done, last.info["episode_return"], last.info["episode_length"])
+        ended = Episodes(jnp.ones((), bool), last.info["episode_return"], last.info["episode_length"])
+        return (Table(q, table.trace, visits), before + live.sum()), ended
 
     q = jnp.zeros((states, actions))
     empty = Table(q, jnp.zeros_like(q), jnp.zeros(q.shape, jnp.int32))
-    table, ended = jax.lax.scan(episode, empty, jax.random.split(key, episodes))
+    start = empty, jnp.zeros((), jnp.int32)
+    (table, _), ended = jax.lax.scan(episode, start, jax.random.split(key, episodes))
     return table, ended
 
 

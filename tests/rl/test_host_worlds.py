@@ -135,6 +135,30 @@ def test_boxes_are_clipped_and_numbers_start_where_they_start():
         host.gymnasium_world(lambda: Mirror(gymnasium.spaces.Box(-np.inf, np.inf, (1,))))
 
 
+def test_numbered_observations_are_no_quantities():
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Counter(gymnasium.Env):
+        action_space, observation_space = gymnasium.spaces.Discrete(2), gymnasium.spaces.Discrete(3, start=4)
+
+        def reset(self, seed=None, options=None):
+            return 4, {}
+
+        def step(self, action):
+            return 5 + action, 0.0, False, False, {}
+
+    world = host.gymnasium_world(Counter)
+    assert (world.obs.shape, world.obs.dtype) == ((3,), np.float32)
+    seen = [world.reset(0), world.step(0)[0], world.step(1)[0]]
+    np.testing.assert_array_equal(seen, np.eye(3))
+
+
+def test_a_name_that_is_none_is_one_line():
+    pytest.importorskip("gymnasium")
+    with pytest.raises(UserError, match="gymnasium cannot make Cart Pole"):
+        host.gymnasium_world("Cart Pole")
+
+
 def test_a_state_that_the_worlds_have_left_is_told():
     env = host.vector(lambda: host.from_environment(classic_control.pendulum()), 2)
     step, first = jax.jit(env.step), jax.jit(env.reset)(jax.random.key(0))

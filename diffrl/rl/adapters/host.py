@@ -80,6 +80,8 @@ def from_environment(env: Environment) -> HostWorld:
 def gymnasium_world(name: str | Callable[[], Any], limit: int | None = None) -> HostWorld:
     """One of Gymnasium's environments; actions beyond a box are clipped, float64 becomes float32.
 
+    Numbered observations become vectors with a 1 in that place: a number would tell a network that 5 lies beside 6.
+
     Args:
         name: as in CartPole-v1, or a function that makes the environment, wrapped as it should be.
         limit: steps after which an episode is truncated, where the environment has no limit of its own.
@@ -104,7 +106,7 @@ class _Gymnasium:
             raise unknown("gymnasium", str(name), gymnasium.registry) from error
         except ModuleNotFoundError as error:  # MuJoCo's worlds want imageio, too
             raise not_installed(error) from error
-        except gymnasium.error.DependencyNotInstalled as error:
+        except gymnasium.error.Error as error:  # a name that is none, or what it depends on is missing
             raise UserError(f"gymnasium cannot make {name}: {' '.join(str(error).split())}") from error
         spec = self._env.spec
         if limit is not None and (spec is None or spec.max_episode_steps is None):
@@ -119,7 +121,12 @@ class _Gymnasium:
             raise UserError(f"{self.name} has actions of {space}: wrap it so that they are Discrete or a Box")
         if not isinstance(seen, gymnasium.spaces.Discrete | gymnasium.spaces.Box):
             raise UserError(f"{self.name} has observations of {seen}: wrap it in gymnasium.wrappers.FlattenObservation")
-        self.obs = jax.ShapeDtypeStruct(seen.shape, jax.dtypes.canonicalize_dtype(seen.dtype))
+        self._numbers: np.ndarray | None = None
+        if isinstance(seen, gymnasium.spaces.Discrete):
+            self._numbers = int(seen.start) + np.arange(int(seen.n))
+            self.obs = jax.ShapeDtypeStruct(self._numbers.shape, np.dtype(np.float32))
+        else:
+            self.obs = jax.ShapeDtypeStruct(seen.shape, jax.dtypes.canonicalize_dtype(seen.dtype))
 
     def reset(self, seed: int | None = None) -> Any:
         return self._seen(self._env.reset(seed=seed)[0])
@@ -133,7 +140,7 @@ class _Gymnasium:
         return self._seen(obs), float(reward), bool(terminated), bool(truncated) and not terminated
 
     def _seen(self, obs: Any) -> np.ndarray:
-        return np.array(obs, self.obs.dtype)
+        return np.array(obs if self._numbers is None else obs == self._numbers, self.obs.dtype)
 
 
 def gymnasium_vector(

@@ -163,7 +163,8 @@ def train(
         actor = actors[worker]
         with jax.default_device(cpu):
             while not stop.is_set() and (now := shared.steps) < steps:
-                snapshot, version = shared.params.copy(), shared.updates
+                version = shared.updates  # read first: what comes during the copy may be missing from it
+                snapshot = shared.params.copy()
                 gradients, told = gradient(snapshot, actor.rollout(snapshot, unroll))
                 shared.apply(worker, np.asarray(gradients), optimizer.rate(now / steps), optimizer, unroll, version)
                 episodes.extend((shared.steps, total) for total in actor.episodes)

@@ -94,6 +94,8 @@ PRESETS = {"digits": digits, "digits_vq": digits_vq, "mnist": mnist, "cifar10": 
 
 def main(config: Config, run: config_lib.Run) -> None:
     session = autoencoding.open_session(config, run)
+    if run.mode == "train":  # the others come to the judge at once
+        judging.check(config.eval, session.source)
     held_out = judging.held_out_source(session)
     every = [reconstruction.picture_hook(session)] if config.train.sample_every else []
     current = autoencoding.train(session, every) if run.mode == "train" else autoencoding.restored_state(session)

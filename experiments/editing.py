@@ -12,7 +12,8 @@ et al., 2023).  SDEdit (Meng et al., 2022) makes images of crude collages, from 
 Ends with table.md and results.json (PSNR where nothing was known, misfit |A x - y|, the share of restored images that
 a classifier of real ones still recognises, LPIPS, network calls and time) and with one picture a task.  On digits PiGDM
 is the best or within the error of it, RePaint beats replacement at several times its calls, and SDEdit's collages come
-nearer to real images, and farther from themselves, as the start time rises.
+nearer to real images, and farther from themselves, as the start time rises.  A second run of the same command restores
+anew with the model that it finds; one with another config (--accept_changes) takes only a model that was made with it.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from diffrl.diffusion.sampling import fold, normal, sample, sample_keys
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, lpips
 from diffrl.pretrained import lpips_alexnet
-from diffrl.recipes import denoising, images, judging, restoration, scores
+from diffrl.recipes import denoising, digests, images, judging, restoration, scores
 from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session
 from diffrl.recipes.networks import UNetConfig
@@ -131,7 +132,9 @@ def open_model(config: Config, run: config_lib.Run) -> tuple[Session, Source]:
     if config.model:
         session = images.open_trained(config.model)
     else:
-        session = images.open_session(config.base, run._replace(workdir=run.workdir / "model"))
+        # The split, too: where there is none of that name, the model does not see every tenth image.
+        made_by = images.trained_by(config.base) | {"split": config.base.eval.split}
+        session = images.open_session(config.base, digests.own_folder(run, "model", made_by))
     try:
         return session, make_source(session.config.data, session.config.eval.split)
     except UserError as error:
@@ -148,7 +151,7 @@ def _subset(source: Source, chosen: np.ndarray) -> Source:
 
 def check(config: Config, session: Session) -> None:
     """Raises UserError for what could not be done with the trained model."""
-    scores.check(session.config.eval)
+    scores.check(session.config.eval, session.source)
     tasks(config, session.model.shape)
     restoration_methods(config, session)
 

@@ -18,8 +18,9 @@ which the classifier guides too (ADM's best setting): what they show is where ea
 Expected on digits at scale 1.5: precision rises from 0.93 to 0.97 or more; recall falls from 0.84 to 0.66 with
 classifier-free guidance, to 0.73 in an interval or with APG, and to 0.77 with autoguidance (`--config.sets=3`).
 
-Ends with tradeoff.png, samples/METHOD.png (one row per scale, the same noise in all), table.md and results.json.  A
-second run of the same command takes up the training, or the method, it was at.
+Ends with tradeoff.png, table.md, results.json and sweep-DIGEST/samples/METHOD.png (one row per scale, the same noise in
+all).  A second run of the same command takes up the training, or the method, it was at; one with another config
+(--accept_changes) uses only those networks and scores that were made with it.
 """
 
 import copy
@@ -40,7 +41,7 @@ from diffrl.diffusion.process import Process
 from diffrl.diffusion.sampling import Sampler
 from diffrl.errors import UserError
 from diffrl.evaluate import grids, plots
-from diffrl.recipes import denoising, fidelity, images, judging, noisy_classifier, scores
+from diffrl.recipes import denoising, digests, fidelity, images, judging, noisy_classifier, scores
 from diffrl.recipes import results as results_lib
 from diffrl.recipes.denoising import DiffusionConfig, SampleConfig
 from diffrl.recipes.fidelity import Ruler
@@ -184,11 +185,12 @@ def open_sessions(config: Config, run: config_lib.Run) -> Sessions:
     """Each in a folder of its own, where it resumes by itself."""
     weak = copy.deepcopy(config.model)
     weak.unet.channels, weak.train.steps = config.weak_channels, config.weak_steps
-    folders = (run._replace(workdir=run.workdir / name) for name in Sessions._fields)
+    folder = functools.partial(digests.own_folder, run)
+    classifier_folder = folder("classifier", noisy_classifier.trained_by(config.classifier, config.model))
     return Sessions(
-        images.open_session(config.model, next(folders)),
-        images.open_session(weak, next(folders)),
-        noisy_classifier.open_session(config.classifier, config.model, next(folders)),
+        images.open_session(config.model, folder("model", images.trained_by(config.model))),
+        images.open_session(weak, folder("weak", images.trained_by(weak))),
+        noisy_classifier.open_session(config.classifier, config.model, classifier_folder),
     )
 
 
@@ -256,6 +258,13 @@ def check(config: Config) -> None:
         raise UserError(f"--config.classifier.heads={noisy.heads}: expected a divisor of the last level's {width}")
 
 
+def measured_by(config: Config) -> dict:
+    """What the scores depend on: of the free leaves, on how long the model is trained, sampled from and judged."""
+    model = config.model
+    free = {"steps": model.train.steps, "sample": dataclasses.asdict(model.sample)}
+    return digests.settings(config) | free | {"eval": dataclasses.asdict(model.eval)}
+
+
 def main(config: Config, run: config_lib.Run) -> None:
     # Whatever the end needs is checked before the training, not after it.
     check(config)
@@ -274,17 +283,20 @@ def main(config: Config, run: config_lib.Run) -> None:
     generators = {name: make_generator(config, sessions, method, classes) for name, method in chosen.items()}
     params = Sessions(*(images.train(session).ema for session in sessions))
 
-    path = run.workdir / "results.json"
-    settings = {**config_lib.to_dict(config), "methods": None}
+    measured = digests.own_folder(run, "sweep", measured_by(config))
+    path = measured.workdir / "results.json"
     results = results_lib.load(path, {})
-    if results.get("settings") != settings:  # after a longer training, say, all is measured anew
+    if not results:
+        path.parent.mkdir(parents=True, exist_ok=True)
         x, labels = fidelity.labelled(held_out, held_out.length)
         known = noisy_classifier.accuracies(sessions.classifier, params.classifier, x, labels, TIMES)
+        settings = {**config_lib.to_dict(config), "methods": None}
         results = {"settings": settings, "real": real, "classifier_accuracy": known, "methods": {}}
     for name in [name for name in generators if name not in results["methods"]]:
-        rows = sweep(config, name, functools.partial(generators[name], params), classes, ruler, run)
+        rows = sweep(config, name, functools.partial(generators[name], params), classes, ruler, measured)
         results["methods"][name] = rows
         results_lib.save(path, results)
+    results_lib.save(run.workdir / "results.json", results)
     report(results, list(chosen), ruler.judge.name, run)
 
 

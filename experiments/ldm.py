@@ -214,6 +214,7 @@ def work(cell: Cell, run: config_lib.Run) -> dict[str, Any]:
     place = run.workdir / f"autoencoder-{digests.digest(cell.codec())}"
     config_lib.save(place, run.preset, cell.coding)  # by which the latents find it
     session = autoencoding.open_session(cell.coding, run._replace(workdir=place))
+    judging.check(cell.coding.eval, session.source)
     held_out = judging.held_out_source(session)
     if held_out is None:
         raise UserError(f"compression needs held-out images: mend eval.split={cell.coding.eval.split}")

@@ -19,7 +19,8 @@ come closest to the data.  Below 25 calls a corrector costs more than it mends, 
 not enough for images at 50.
 
 Ends with quality.png, samples.png (a row for each sampler, its budgets from left to right), table.md (on
-the mixture also of the other grids) and results.json; a second run of the same command measures only what is missing.
+the mixture also of the other grids) and results.json; a second run of the same command measures only what is missing,
+as does one with another config (--accept_changes), or after WORKDIR has trained on.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from diffrl.diffusion.sampling import sample, start
 from diffrl.errors import UserError
 from diffrl.evaluate import frechet, grids, judges, plots
 from diffrl.evaluate.wasserstein import sliced_wasserstein
-from diffrl.recipes import denoising, images, judging, scores
+from diffrl.recipes import denoising, digests, images, judging, scores
 from diffrl.recipes import results as results_lib
 from diffrl.recipes.images import EvalConfig, ImageConfig, Session
 from diffrl.recipes.networks import UNetConfig
@@ -124,6 +125,7 @@ class Problem(NamedTuple):
     grids: tuple[str, ...]  # those that are compared at one budget
     measure: Callable[[np.ndarray], dict[str, float]]
     real: dict[str, float]  # what `measure` says of as many true samples
+    made_by: dict[str, Any]  # what the scores depend on
 
 
 def make_drawer(problem: Problem, method: Method, longest: int, devices: Any) -> Callable:
@@ -157,14 +159,21 @@ def mixture_problem(config: Config) -> Problem:
     return Problem(
         p, lambda _: mixtures.denoiser(exact, p), (), (2,), None, config.points, config.points, config.points // 4,
         config.budgets, GRIDS, lambda x: {"wasserstein": sliced_wasserstein(x, one)},
-        {"wasserstein": sliced_wasserstein(other, one)},
+        {"wasserstein": sliced_wasserstein(other, one)}, made_by(config, "image_budgets"),
     )  # fmt: skip
+
+
+def made_by(config: Config, *others: str) -> dict[str, Any]:
+    """What the scores of all problems depend on, without the leaves `others` that some do not."""
+    model = [path for path in config_lib.leaves(config) if path.startswith("image.")]
+    return digests.settings(config, without=("model", *model, *others))
 
 
 def image_session(config: Config, run: config_lib.Run) -> Session:
     """The session of `config.model`, with this experiment's scores, or of a model of our own in a folder beside."""
     if not config.model:
-        return images.open_session(config.image, run._replace(workdir=run.workdir / "model"))
+        place = digests.own_folder(run, "model", images.trained_by(config.image))
+        return images.open_session(config.image, place)
     session = images.open_trained(config.model)
     session.config.eval, session.config.sample.batch = config.image.eval, config.image.sample.batch
     return session
@@ -192,10 +201,13 @@ def image_problem(config: Config, session: Session) -> Problem:
         denoise = denoising.make_denoiser(model.diffusion, model.apply, params)
         return (lambda x, t, cond: denoise(x, t, cond)[0]) if model.diffusion.learned else denoise
 
-    params = (images.restored_state(session) if config.model else images.train(session)).ema
+    current = images.restored_state(session) if config.model else images.train(session)
+    trained = {"step": int(current.step), "weights": digests.weights(current.ema)}  # it may train on
+    asked = {"model": digests.settings(session.config), "eval": dataclasses.asdict(session.config.eval)}
     return Problem(
-        model.diffusion.process, denoiser, params, model.shape, labels, num, session.config.sample.batch,
+        model.diffusion.process, denoiser, current.ema, model.shape, labels, num, session.config.sample.batch,
         min(FOLLOWED, num), config.image_budgets, (), measure, measure(*judging.spread(held_out, num)),
+        made_by(config, "budgets", "grid_budget", "points") | asked | trained,
     )  # fmt: skip
 
 
@@ -224,17 +236,23 @@ def measure(
 
 
 def measure_missing(
-    config: Config, problem: Problem, chosen: dict[str, Method], devices: Any, found: dict[str, dict], save: Callable
-) -> None:
-    """Adds to `found` the rows of those methods that it lacks."""
+    config: Config, problem: Problem, chosen: dict[str, Method], devices: Any, folder: pathlib.Path
+) -> dict[str, dict]:
+    """The rows that the folder holds, with those of the methods that it lacked."""
+    path = folder / "results.json"
+    found = results_lib.load(path, {})
     todo = [name for name in chosen if name not in found]
     if not todo:
-        return
+        return found
+    folder.mkdir(parents=True, exist_ok=True)
     truth = make_drawer(problem, methods(config.solver)["Heun (flow)"], config.reference_steps, devices)
     ends = truth(make_grid(config, config.grid, problem.process, config.reference_steps), problem.followed)
     for name in tqdm(todo, desc="x".join(map(str, problem.shape)), unit="sampler", leave=False):
         found[name], first = measure(config, problem, chosen[name], ends, devices)
-        save(name, first)
+        if first.ndim == 4:
+            np.save(folder / f"{name}.npy", first)
+        results_lib.save(path, found)  # last: a method that it holds is done
+    return found
 
 
 def check(config: Config) -> None:
@@ -255,33 +273,24 @@ def main(config: Config, run: config_lib.Run) -> None:
     session = image_session(config, run)
 
     of_images = image_problem(config, session)  # trains the model
-    path, folder = run.workdir / "results.json", run.workdir / "samples"
-    folder.mkdir(exist_ok=True)
-    settings = {**config_lib.to_dict(config), "methods": None}
-    results = results_lib.load(path, {})
-    if results.get("settings") != settings:
-        results = {"settings": settings, "mixture": {}, "images": {}}
-
-    def save(name: str, first: np.ndarray) -> None:
-        if first.ndim == 4:
-            np.save(folder / f"{name}.npy", first)
-        results_lib.save(path, results)  # last: a method that it holds is done
-
+    results: dict[str, Any] = {"settings": {**config_lib.to_dict(config), "methods": None}}
     for kind, problem in {"mixture": mixture_problem(config), "images": of_images}.items():
-        results[f"{kind}, real"] = problem.real
         able = {name: method for name, method in chosen.items() if method.plane or kind == "images"}
-        measure_missing(config, problem, able, session.devices, results[kind], save)
-    report(results, chosen, session.config.data.name, run)
+        folder = digests.own_folder(run, kind, problem.made_by).workdir
+        results[kind] = measure_missing(config, problem, able, session.devices, folder)
+        results[f"{kind}, real"], results[f"{kind}, made by"] = problem.real, problem.made_by
+    results_lib.save(run.workdir / "results.json", results)
+    report(results, chosen, session.config.data.name, folder, run)
     print(f"everything lies in {run.workdir}")
 
 
 # --- The report ------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict, chosen: dict[str, Method], data: str, run: config_lib.Run) -> None:
+def report(results: dict, chosen: dict[str, Method], data: str, samples: pathlib.Path, run: config_lib.Run) -> None:
     """The plot, the picture and the tables; stdout has the tables of sample quality."""
     plot(results, chosen, data, run.workdir / "quality.png")
-    strips = np.concatenate([np.load(run.workdir / "samples" / f"{name}.npy") for name in chosen])
+    strips = np.concatenate([np.load(samples / f"{name}.npy") for name in chosen])
     picture = grids.image_grid(strips, PICTURED * len(results["settings"]["image_budgets"]))
     grids.save_png(run.workdir / "samples.png", grids.label_rows(picture, list(chosen)))
 

@@ -72,8 +72,7 @@ class Job(NamedTuple):
 
     def name(self) -> str:
         """The variant, the seed, and a digest of all else that the result depends on."""
-        free = {"steps": self.config.train.steps, "split": self.config.eval.split}
-        digest = digests.digest(digests.settings(self.config) | free)
+        digest = digests.digest(images.trained_by(self.config) | {"split": self.config.eval.split})
         return f"{self.variant.replace(' ', '_')}-{self.config.seed}-{digest}"
 
 

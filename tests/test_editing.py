@@ -1,11 +1,13 @@
 """The editing experiment as a user runs it: train, restore, edit; again, with another's model; and its mistakes."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from diffrl import config as config_lib
+from diffrl.errors import UserError
 from diffrl.evaluate import lpips
 from diffrl.pretrained import lpips_alexnet
 from diffrl.recipes import images
@@ -67,8 +69,60 @@ def test_with_the_model_of_another_run(tmp_path):
     config_lib.run(train, {"digits": images.digits_config}, argv=[f"--workdir={tmp_path / 'ddpm'}", *flags])
     only = ["--config.tasks=('middle hidden',)", "--config.methods=('PiGDM',)"]
     run(tmp_path / "editing", *QUICK, *only, f"--config.model={tmp_path / 'ddpm'}")
-    assert not (tmp_path / "editing" / "model").exists()
+    assert not list((tmp_path / "editing").glob("model*"))
     assert "PiGDM" in (tmp_path / "editing" / "table.md").read_text()
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The folders of the models that restored; nothing is trained or restored."""
+    used = []
+
+    def train(session):
+        used.append(session.workdir)
+        return types.SimpleNamespace(ema=None)
+
+    monkeypatch.setattr(editing.images, "train", train)
+    monkeypatch.setattr(editing, "restore_all", lambda *_: [])
+    monkeypatch.setattr(editing, "edit_all", lambda *_: [])
+    return used
+
+
+@pytest.mark.parametrize(
+    ("flag", "other"),
+    [
+        ("--config.base.optim.learning_rate=0.1", True),
+        ("--config.base.unet.channels=4", True),
+        ("--config.base.train.steps=1", True),  # fewer than the model has gone
+        ("--config.base.eval.split=none", True),  # so that every tenth image is held out of the training
+        ("--config.base.train.log_every=7", False),
+        ("--config.count=4", False),
+    ],
+)
+def test_a_model_of_other_settings_is_not_used_and_is_kept(tmp_path, capsys, trained, flag, other):
+    base = [*QUICK, "--preset=digits", "--config.base.eval.judge=none", "--accept_changes"]
+    run(tmp_path, *base)
+    capsys.readouterr()
+    run(tmp_path, *base, flag)
+    first, second = trained
+    assert (first != second) == other
+    said = f"{second} begins anew: {first.name} came of other settings; give those again to go on with them"
+    assert (said in capsys.readouterr().err) == other
+    run(tmp_path, *base)
+    assert trained[-1] == first
+    assert first.is_dir()
+
+
+def test_a_judge_without_weights_is_missed_before_the_training(tmp_path, capsys, trained, monkeypatch):
+    def train(session):
+        raise UserError("now it trains")
+
+    monkeypatch.setattr(editing.images, "train", train)
+    with pytest.raises(SystemExit):
+        run(tmp_path, *QUICK, "--config.base.eval.judge=resnet")
+    said, trains = capsys.readouterr().err.splitlines()
+    assert said.startswith("no judge: --config.eval.judge_weights names no published ResNet")
+    assert trains == "error: now it trains"
 
 
 @pytest.mark.long
@@ -117,7 +171,7 @@ def test_mistakes_are_one_line_before_the_training(tmp_path, capsys, flag, words
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert words in line
-    assert not (tmp_path / "model" / "checkpoints" / "2").exists()
+    assert not list(tmp_path.glob("model-*/checkpoints/2"))
 
 
 def test_every_tenth_is_held_out_where_there_is_no_test_split(tmp_path):

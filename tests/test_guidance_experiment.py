@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +52,88 @@ def test_a_sweep_and_its_resume(tmp_path, capsys):
     np.testing.assert_allclose(first_contrast, first_contrast[0], rtol=1e-4)
     assert len({f"{value:.6f}" for value in last_contrast}) == len(rows)
     assert first["real"]["recognised"] > 0.9
-    assert (tmp_path / "samples" / "through_x0.png").exists()
-    shutil.rmtree(tmp_path / "samples")
+    (pictures,) = tmp_path.glob("sweep-*/samples")
+    assert (pictures / "through_x0.png").exists()
+    shutil.rmtree(pictures)
     capsys.readouterr()
     run(tmp_path, methods)  # finished: it only reports
     assert json.loads((tmp_path / "results.json").read_text()) == first
-    assert not (tmp_path / "samples").exists()
+    assert not pictures.exists()
     assert "| APG | 3 |" in capsys.readouterr().out
     assert (tmp_path / "tradeoff.png").exists()
+
+
+ALL = ["model", "weak", "classifier"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "anew", "measures"),
+    [
+        ("--config.model.optim.learning_rate=0.1", ["model", "weak"], True),
+        ("--config.model.unet.channels=16", ["model"], True),
+        ("--config.model.train.steps=1", ["model"], True),  # fewer than the model has gone
+        ("--config.weak_steps=1", ["weak"], True),
+        ("--config.classifier.steps=1", ["classifier"], True),
+        ("--config.model.train.batch_size=8", ALL, True),
+        ("--config.phi=0.5", [], True),
+        ("--config.model.eval.samples=10", [], True),
+        ("--config.model.train.log_every=7", [], False),
+    ],
+)
+def test_networks_and_scores_are_used_where_they_belong_and_are_kept(
+    tmp_path, capsys, monkeypatch, flag, anew, measures
+):
+    """What was made with other settings is neither taken for those of the run nor lost."""
+    opened, swept = [], []
+
+    def train(session):
+        opened.append(session.workdir)
+        (session.workdir / "trained").touch()
+        return types.SimpleNamespace(ema=None)
+
+    def sweep(config, name, *rest):
+        swept.append(name)
+        scores = dict.fromkeys(("recognised", "precision", "recall", "frechet", "spread", "contrast"), len(swept))
+        return [{"scale": 1.0, **scores}]
+
+    monkeypatch.setattr(guidance.images, "train", train)
+    monkeypatch.setattr(guidance, "sweep", sweep)
+    monkeypatch.setattr(guidance.noisy_classifier, "accuracies", lambda *_: [0.1] * len(guidance.TIMES))
+    real = dict.fromkeys(("recognised", "precision", "recall", "frechet", "spread", "contrast"), 1.0)
+    ruler = types.SimpleNamespace(judge=types.SimpleNamespace(name="MLP"))
+    monkeypatch.setattr(guidance.fidelity, "make_ruler", lambda *_: (ruler, real))
+
+    def rows(*flags):
+        opened.clear()
+        run(tmp_path, "--config.methods=('APG',)", *flags, "--accept_changes")
+        return json.loads((tmp_path / "results.json").read_text())["methods"]["APG"]
+
+    first, before = rows(), list(opened)
+    assert [path.name.partition("-")[0] for path in before] == ALL
+    capsys.readouterr()
+    second = rows(flag)
+    assert [old.name.partition("-")[0] for old, new in zip(before, opened, strict=True) if old != new] == anew
+    said = [line for line in capsys.readouterr().err.splitlines() if "begins anew" in line]
+    assert len(said) == len(anew) + measures
+    assert (second != first) == measures
+    assert rows(f"{flag.partition('=')[0]}={config_value(flag)}") == first  # which is still there
+    assert opened == before
+    assert all((path / "trained").exists() for path in before)
+    assert len(swept) == 1 + measures
+
+
+def config_value(flag):
+    """What the leaf was before."""
+    name = flag.partition("=")[0]
+    given = dict(argument.split("=", 1) for argument in TINY)
+    leaf = config_lib.leaves(guidance.digits())[name.removeprefix("--config.")]
+    return given.get(name, leaf.value)
 
 
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
+        ("--config.model.eval.judge=resnet", "measured by a judge"),  # before any training
         ("--config.methods=('magic',)", "choose one of classifier-free"),
         ("--config.model.eval.judge=none", "measured by a judge"),
         ("--noconfig.model.conditional", "needs its labels"),

@@ -292,6 +292,25 @@ def test_cells_are_used_where_they_belong_and_are_kept(tmp_path, monkeypatch, fl
     assert len(cells) == 1 + measured
 
 
+@pytest.mark.parametrize(
+    ("experiment", "flags"),
+    [
+        (autoencoder, ["--config.autoencoder.channels=8", "--config.loss.adversarial=0"]),
+        (ldm, ["--mode=compression", "--config.compression.factors=(2,)", "--config.compression.channels=(4,)"]),
+    ],
+)
+def test_a_judge_without_weights_is_missed_before_the_training(tmp_path, capsys, monkeypatch, experiment, flags):
+    def train(*args):
+        raise UserError("now it trains")
+
+    monkeypatch.setattr(autoencoding, "train", train)
+    with pytest.raises(SystemExit):
+        run(experiment, tmp_path, *flags, "--config.eval.judge=resnet", makers=("compression",))
+    *_, said, trains = capsys.readouterr().err.splitlines()
+    assert said.startswith("no judge: --config.eval.judge_weights names no published ResNet")
+    assert trains == "error: now it trains"
+
+
 def test_a_study_of_nothing_is_refused(tmp_path, capsys):
     for flag in ("factors=()", "kinds=()"):
         with pytest.raises(SystemExit):

@@ -17,7 +17,7 @@ from diffrl.data.prefetch import Prefetch
 from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.evaluate import grids
-from diffrl.recipes import denoising, latents, networks, training
+from diffrl.recipes import denoising, digests, latents, networks, training
 from diffrl.recipes.denoising import Diffusion, DiffusionConfig, SampleConfig
 from diffrl.recipes.judging import JudgeConfig, check_images
 from diffrl.recipes.latents import Codec, LatentsConfig
@@ -73,6 +73,11 @@ def digits_config() -> ImageConfig:
         sample=SampleConfig(guidance=1.5),
         eval=EvalConfig(samples=359, bound_images=128, bound_steps=500),
     )
+
+
+def trained_by(config: ImageConfig) -> dict[str, Any]:
+    """What a trained model depends on, for a digest: of the free leaves, the number of updates."""
+    return digests.settings(config) | {"steps": config.train.steps}
 
 
 class Model(NamedTuple):

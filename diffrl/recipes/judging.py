@@ -65,11 +65,18 @@ def spread(source: Source, num: int) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def check(config: JudgeConfig, source: Source | None = None) -> None:
-    """Raises UserError for a judge that will not be there when it is needed, or that does not know these classes."""
+    """Raises UserError for a judge that will not be there when it is needed, or that does not know these classes.
+
+    Says on stderr why there can be none for the source.
+    """
     denoising.choose("eval.judge", config.judge, dict.fromkeys(("mlp", "resnet", "none")))
     if config.judge_weights and not pathlib.Path(config.judge_weights).expanduser().is_file():
         raise UserError(f"eval.judge_weights={config.judge_weights} is no file: name the .npz of a CIFAR-10 ResNet")
-    if config.judge != "resnet" or not config.judge_weights or source is None or source.num_classes is None:
+    if source is None or config.judge == "none":
+        return
+    if reason := _absence(config, source):
+        print(f"no judge: {reason}", file=sys.stderr)
+    if reason or config.judge != "resnet":
         return
     known = source.class_names in ((), cifar.CLASSES)
     if source.shape != (32, 32, 3) or source.num_classes != len(cifar.CLASSES) or not known:
@@ -79,17 +86,20 @@ def check(config: JudgeConfig, source: Source | None = None) -> None:
         )
 
 
+def _absence(config: JudgeConfig, source: Source) -> str:
+    """Why there can be no judge, or ""."""
+    if source.num_classes is None:
+        return "the data have no labels"
+    if config.judge == "resnet" and not config.judge_weights:
+        return "--config.eval.judge_weights names no published ResNet (.npz); --config.eval.judge=mlp needs none"
+    return ""
+
+
 def make_judge(session: Judged, held_out: Source) -> judges.Judge | None:
     """The configured judge, or None (with the reason on stderr) where there can be none."""
     config = session.config.eval
     check(config, session.source)
-    if config.judge == "none":
-        return None
-    if session.source.num_classes is None:
-        print("no judge: the data have no labels", file=sys.stderr)
-        return None
-    if config.judge == "resnet" and not config.judge_weights:
-        print("no judge: --config.eval.judge_weights names no published ResNet (.npz)", file=sys.stderr)
+    if config.judge == "none" or _absence(config, session.source):
         return None
     x_test, labels_test = spread(held_out, CHUNK)
     name = session.config.data.name

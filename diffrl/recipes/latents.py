@@ -6,7 +6,6 @@ the state of the model that is trained on them.  The same normalisation is undon
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from diffrl.data.catalog import DataConfig
 from diffrl.data.source import Source
 from diffrl.errors import UserError
 from diffrl.pretrained import diffusers_autoencoder, taef2
-from diffrl.recipes import autoencoding, results
+from diffrl.recipes import autoencoding, digests, results
 from diffrl.train import mesh
 
 Array = jax.Array
@@ -147,7 +146,7 @@ def open_codec(config: LatentsConfig, data: DataConfig, source: Source, workdir:
             f"{source.shape[-1]}: set --config.data.channels={autoencoder.image_channels}"
         )
     folder = pathlib.Path(config.cache).expanduser() if config.cache else workdir / "latents"
-    weights = digest(autoencoder.params)
+    weights = digests.weights(autoencoder.params)
     _bind(workdir, weights, config.model)
     about = {"autoencoder": weights, "data": _told(data), "shape": source.shape}
     files.write(
@@ -215,14 +214,6 @@ def _measured(autoencoder: Autoencoder, encoded: Source) -> Normaliser:
                 yield x, np.zeros_like(x)
 
     return normaliser.measure(batches())
-
-
-def digest(params: Any) -> str:
-    """A name for these very weights."""
-    known = hashlib.blake2b(digest_size=8)
-    for path, weight in jax.tree.leaves_with_path(params):
-        known.update(jax.tree_util.keystr(path).encode() + np.ascontiguousarray(weight).tobytes())
-    return known.hexdigest()
 
 
 def _told(data: DataConfig) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffrl.config import Run, leaf
+from diffrl.config import Run, leaf, leaves
 from diffrl.diffusion import classifier_guidance, times
 from diffrl.diffusion.process import add_noise, scales
 from diffrl.errors import UserError
 from diffrl.nets.classifier import NoisyClassifier
-from diffrl.recipes import images, judging
+from diffrl.recipes import digests, images, judging
 from diffrl.recipes.denoising import Diffusion
 from diffrl.recipes.images import ImageConfig, Session
 from diffrl.train.optim import OptimConfig
@@ -39,6 +39,13 @@ class ClassifierConfig:
     optim: OptimConfig = dataclasses.field(
         default_factory=lambda: OptimConfig(1e-3, warmup_steps=20, schedule="cosine", weight_decay=0.05)
     )
+
+
+def trained_by(config: ClassifierConfig, base: ImageConfig) -> dict[str, Any]:
+    """What a trained classifier depends on, for a digest: not on the network of `base` nor on how that is trained."""
+    others = [path for path in leaves(base) if path.startswith(("unet.", "dit.", "optim."))]
+    settings = digests.settings(base, without=others) | {"fourier": base.unet.fourier}
+    return {"classifier": digests.settings(config), "base": settings}
 
 
 def open_session(config: ClassifierConfig, base: ImageConfig, run: Run) -> Session:

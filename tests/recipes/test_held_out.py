@@ -64,6 +64,25 @@ def test_the_resnet_judges_cifar10_alone(tmp_path, monkeypatch, shape, classes, 
     scores.check(EvalConfig(judge="mlp", judge_weights="~/net.npz"), source)
 
 
+@pytest.mark.parametrize(
+    ("judge", "classes", "said"),
+    [
+        ("resnet", 10, "no judge: --config.eval.judge_weights names no published ResNet (.npz)"),
+        ("mlp", None, "no judge: the data have no labels"),
+        ("mlp", 10, ""),
+        ("none", None, ""),
+    ],
+)
+def test_a_judge_that_cannot_be_is_told_by_the_check(capsys, judge, classes, said):
+    """Which comes before the training; nobody is surprised after it."""
+    labels = None if classes is None else np.zeros(1, int)
+    source = from_arrays(np.zeros((1, 8, 8, 1), np.uint8), labels, num_classes=classes)
+    judging.check(EvalConfig(judge=judge), source)
+    line = capsys.readouterr().err
+    assert line.startswith(said)
+    assert line.count("\n") == bool(said)
+
+
 def test_a_judge_is_fitted_to_a_share_of_a_large_set(monkeypatch):
     monkeypatch.setattr(judging, "FITTED", 64 * 100)
     seen = []

@@ -1,6 +1,7 @@
 """Other libraries' environments behind ours: what comes out is what the library itself gives."""
 
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -184,6 +185,34 @@ def test_sticky_actions_repeat_the_one_before():
     stuck = np.asarray(states.obs[:, 9, 5, 0] == 1)
     assert abs(stuck.mean() - 0.25) < 0.02
     np.testing.assert_array_equal(states.inner.action, np.where(stuck, 2, 1))
+
+
+class Lottery:
+    """A game in gymnax's form whose every step pays a uniform number."""
+
+    def action_space(self, params):
+        return types.SimpleNamespace(n=3)
+
+    def reset_env(self, key, params):
+        return jnp.zeros(1), jnp.zeros(())
+
+    def step_env(self, key, state, action, params):
+        return jnp.zeros(1), state, jax.random.uniform(key), jnp.zeros((), bool), {}
+
+    def is_truncated(self, state, params):
+        return jnp.zeros((), bool)
+
+
+def test_whether_an_action_sticks_says_nothing_of_what_the_world_draws(monkeypatch):
+    """The mean pay is 1/2 where it stuck and where it did not, 4000 draws or more of each."""
+    monkeypatch.setattr(gymnax, "_library", lambda name: (Lottery(), None))
+    env = gymnax.minatar("breakout", sticky=0.5)
+    keys = jax.random.split(jax.random.key(0), 10_000)
+    states = jax.jit(jax.vmap(lambda key: env.step(env.reset(key), jnp.int32(1))))(keys)
+    stuck, pay = np.asarray(states.inner.action == 0), np.asarray(states.reward)
+    for those in (stuck, ~stuck):
+        assert those.sum() > 4000
+        assert abs(pay[those].mean() - 0.5) < 4 * (1 / 12 / 4000) ** 0.5
 
 
 @pytest.mark.oracle

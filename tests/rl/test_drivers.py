@@ -8,7 +8,7 @@ import pytest
 from rl_worlds import counting, linear, linear_critic, many, noisy
 
 from diffrl.errors import UserError
-from diffrl.rl import distributions, driver, evaluation, moments, replay
+from diffrl.rl import distributions, driver, evaluation, moments, replay, sum_tree, wrappers
 from diffrl.rl.agent import Agent
 from diffrl.rl.agents.dqn import dqn
 from diffrl.rl.agents.ppo import ppo
@@ -78,6 +78,44 @@ def test_episode_means_are_carried_forward():
     run = on_policy(many(counting(limit=3), 2), watcher(), 2)
     _, told = jax.jit(lambda x: driver.repeat(run.step, 3)(x, None))(run.init(jax.random.key(0)))
     np.testing.assert_array_equal(told["episode_return"], [np.nan, 3, 3])
+
+
+def dice():
+    """An agent whose actions are uniform numbers, drawn from its noise."""
+
+    def act(state, obs, keys):
+        return jax.vmap(lambda key: jax.random.uniform(key, (1,)))(keys), {}
+
+    return watcher()._replace(act=act)
+
+
+def test_every_action_is_drawn_anew():
+    """In two rollouts of five steps of three worlds, and in what fills a buffer before there is anything to learn."""
+    env = many(counting()._replace(actions=Actions(shape=(1,))), 3)
+    run = on_policy(env, dice(), 5)
+    _, told = jax.jit(lambda key: driver.repeat(run.step, 2)(run.init(key), None))(jax.random.key(0))
+    assert len(np.unique(told["rollout"].action)) == 2 * 5 * 3
+    run = off_policy(env, dice(), replay.uniform(8, 3), batch=3, unroll=2, start=24)
+    filled = jax.jit(run.init)(jax.random.key(0)).buffer
+    np.testing.assert_array_equal(filled.written, [8])
+    assert len(np.unique(filled.kept.action)) == 8 * 3
+
+
+def test_priorities_go_to_the_transitions_that_they_are_of():
+    """Two groups of two worlds: 10 + the observation for what was drawn, and what is new has 1."""
+
+    def update(state, batch, key):
+        return state, {"priority": 10 + batch.obs[:, 0]}
+
+    agent, buffer = watcher()._replace(update=update), replay.prioritised(8, 2, alpha=1.0)
+    run = off_policy(many(noisy(), 4), agent, buffer, batch=8, unroll=2, start=16, groups=2)
+    after = jax.jit(lambda key: run.step(run.init(key))[0])(jax.random.key(0)).buffer
+    priority = np.asarray(jax.vmap(sum_tree.get, (0, None))(after.tree, jnp.arange(16)))
+    obs = np.asarray(after.ring.kept.obs[..., 0]).reshape(2, 16)
+    drawn = priority > 5
+    assert (drawn.sum(1) >= 3).all()
+    np.testing.assert_allclose(priority[drawn], 10 + obs[drawn], rtol=1e-5)
+    np.testing.assert_array_equal(np.unique(priority[~drawn]), [0, 1])  # rows not yet written, and not drawn
 
 
 @pytest.mark.long
@@ -237,3 +275,29 @@ def test_evaluation_counts_first_episodes_alone():
     assert not cut.done.any()
     states = jax.jit(evaluation.record(counting(limit=5), agent, 8))(jnp.zeros(()), jax.random.key(0))
     np.testing.assert_array_equal(states.obs[:, 0], [0, 1, 2, 3, 4, 5, 5, 5, 5])
+
+
+def test_evaluation_explores_where_it_should():
+    """Two steps that pay what was chosen: greedily nothing, and else what two coins show."""
+
+    def act(state, obs, keys):
+        return jax.vmap(jax.random.bernoulli)(keys).astype(jnp.int32), {}
+
+    two = counting(limit=2)
+    env = many(two._replace(step=lambda old, action: two.step(old, action)._replace(reward=1.0 * action)), 64)
+    agent = watcher()._replace(act=act, greedy=lambda state, obs: jnp.zeros(len(obs), jnp.int32))
+    greedy, explored = (
+        jax.jit(evaluation.evaluate(env, agent, 9, explore))(jnp.zeros(()), jax.random.key(0)).episode_return
+        for explore in (False, True)
+    )
+    np.testing.assert_array_equal(greedy, np.zeros(64))
+    np.testing.assert_array_equal(np.unique(explored), [0, 1, 2])  # 1: the two are not the same coin
+
+
+def test_evaluation_reports_what_the_monitor_saw():
+    """Five rewards of 1; their sum as they arrive, a tenth of them, only where there is no monitor."""
+    agent = watcher()._replace(greedy=lambda state, obs: jnp.zeros(len(obs), jnp.int32))
+    for inner, want in ((wrappers.monitor(counting(limit=5)), 5.0), (counting(limit=5), 0.5)):
+        env = wrappers.vectorize(wrappers.scale_reward(inner, 0.1), 2)
+        seen = jax.jit(evaluation.evaluate(env, agent, 9))(jnp.zeros(()), jax.random.key(0))
+        np.testing.assert_allclose(seen.episode_return, [want, want], rtol=1e-6)

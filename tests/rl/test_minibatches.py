@@ -26,6 +26,20 @@ def test_permutations_are_uniform():
     assert np.sum((counts - 1000) ** 2 / 1000) < 49.7
 
 
+def test_an_epoch_holds_every_sample_once_and_in_its_own_order():
+    """Three epochs of 2 groups of 16 samples in four minibatches, and a tree's arrays stay together."""
+    data = {"x": jnp.arange(32).reshape(2, 16), "y": 100 + jnp.arange(32).reshape(2, 16)}
+    scan = jax.jit(lambda key: mb.scan_epochs(lambda n, batch: (n + 1, batch), 0, data, key, 3, 4))
+    count, drawn = scan(jax.random.key(0))
+    assert count == 12
+    assert drawn["x"].shape == (3, 4, 8)
+    np.testing.assert_array_equal(drawn["y"], 100 + drawn["x"])
+    np.testing.assert_array_equal(np.sort(drawn["x"].reshape(3, 32)), np.tile(np.arange(32), (3, 1)))
+    np.testing.assert_array_equal((drawn["x"] < 16).sum(-1), 4)  # an equal share of each group
+    orders = drawn["x"].reshape(3, 4, 2, 4).swapaxes(1, 2).reshape(6, 16) % 16  # of each epoch and group
+    assert len({*map(tuple, orders.tolist())}) == 6
+
+
 def rollout_of(terminated, truncated, seed=0):
     """Worlds whose next_obs is the next row's obs but where an episode ended."""
     steps, worlds = terminated.shape

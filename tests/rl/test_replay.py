@@ -191,6 +191,20 @@ def test_priorities_are_frequencies_and_weights_undo_them():
     assert np.abs(np.bincount(drawn.info["index"]) - want).max() <= 2
 
 
+def test_least_is_added_to_every_priority():
+    """0, 1 and 3 are drawn as 1, 2 and 4; where all are 0, each as often as the others."""
+    buffer = jitted(replay.prioritised(3, 1, alpha=1.0, least=1.0))
+    state = buffer.add(buffer.init(EXAMPLE), rollout([0, 1, 2]))
+    state = buffer.prioritise(state, jnp.arange(3), jnp.array([0.0, 1.0, 3.0]))
+    drawn = buffer.sample(state, jax.random.key(0), 700)
+    np.testing.assert_allclose(np.bincount(drawn.info["index"]), [100, 200, 400], atol=2)
+    buffer = jitted(replay.prioritised(3, 1))
+    state = buffer.add(buffer.init(EXAMPLE), rollout([0, 1, 2]))
+    drawn = buffer.sample(buffer.prioritise(state, jnp.arange(3), jnp.zeros(3)), jax.random.key(0), 300)
+    np.testing.assert_allclose(np.bincount(drawn.info["index"]), [100, 100, 100], atol=2)
+    np.testing.assert_allclose(drawn.info["weight"], 1.0, rtol=1e-5)
+
+
 def test_rows_that_are_too_new_are_not_drawn():
     buffer = jitted(replay.prioritised(6, 1, n_step=3))
     state = buffer.init(EXAMPLE)

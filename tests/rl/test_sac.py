@@ -122,6 +122,27 @@ def test_targets_are_the_smaller_twin_and_follow():
     np.testing.assert_allclose(new.target, [0.9 * 5 + 0.1 * y, 0.9 * -7 + 0.1 * y], rtol=1e-5)
 
 
+def test_errors_count_by_their_weights():
+    """In units of the largest weight: from 0, a step of 1 leads to (8 / 4 + 0 / 2 + 4 + 0 / 4) / 4."""
+    constant = Network(lambda key: jnp.zeros(()), lambda params, x: jnp.full((len(x), 1), params))
+    agent = sac(free(2), constant, Actions(shape=(1,)), optax.sgd(1.0))
+    batch = batch_of(jnp.zeros((4, 1)), jnp.array([8.0, 0.0, 4.0, 0.0]), 0.0)
+    batch.info["weight"] = jnp.array([1.0, 2.0, 4.0, 1.0])
+    new, metrics = jax.jit(agent.update)(agent.init(jax.random.key(0)), batch, jax.random.key(0))
+    np.testing.assert_allclose(new.params["critics"], [1.5, 1.5], rtol=1e-5)
+    np.testing.assert_allclose(metrics["priority"], [8, 0, 4, 0], rtol=1e-5)  # weights are no part of it
+
+
+def test_the_entropy_kept_is_minus_one_for_each_number():
+    """Of actions of three numbers, by default."""
+    batch, moved = batch_of(jnp.zeros((4, 3)), jnp.zeros(4), 0.0), []
+    for settings in ({}, {"target_entropy": -3.0}):
+        agent = sac(free(6), parabola(), Actions(shape=(3,)), optax.sgd(0.1), **settings)
+        new, _ = jax.jit(agent.update)(agent.init(jax.random.key(0)), batch, jax.random.key(1))
+        moved.append(float(new.params["log_alpha"]))
+    assert moved[0] == moved[1] != 0
+
+
 def test_the_policy_climbs_the_smaller_twin_and_no_target():
     """Twins u and -2 u at u = tanh(1): a step of 1 moves the mean by -2 du/dx = -2 (1 - tanh(1)^2)."""
     slope = Network(lambda key: jnp.zeros(()), lambda params, x: params * x[:, -1:])

@@ -1,5 +1,6 @@
 """A3C: one worker against A2C's loss and optax's RMSProp, the staleness of many, errors that end it."""
 
+import itertools
 import threading
 import time
 
@@ -84,6 +85,78 @@ def test_one_worker_is_a_loop_of_a2c_and_rmsprop():
     assert [steps for steps, _ in found.episodes] == [steps for steps, _ in episodes]
     np.testing.assert_allclose([r for _, r in found.episodes], [r for _, r in episodes], rtol=1e-5)
     assert len(episodes) > 10
+
+
+class Still:
+    """A world that shows always the same and never ends; it keeps what it was given.
+
+    script: (what happens, reward) of the first steps; nothing does in later ones.
+    """
+
+    name, actions, obs = ENV.name, ENV.actions, ENV.obs
+
+    def __init__(self, *script):
+        self.script, self.seeds, self.acts = iter(script), [], []
+
+    def reset(self, seed=None):
+        self.seeds.append(seed)
+        return np.zeros(2, np.float32)
+
+    def step(self, action):
+        self.acts.append(int(action))
+        happens, reward = next(self.script, (lambda: None, 0.0))
+        happens()
+        return np.zeros(2, np.float32), reward, False, False
+
+
+def test_no_two_streams_are_alike():
+    assert len({a3c.stream(*place) for place in itertools.product(range(3), range(3), (0, 8, 16))}) == 27
+
+    def seeds(**options):
+        worlds = [Still(), Still()]
+        train(workers=2, steps=8, make_world=worlds.__getitem__, **options)
+        return worlds[0].seeds[1:] + worlds[1].seeds  # the first one's first is for compiling
+
+    later = a3c.init(NETWORK, 0)._replace(steps=np.asarray(4))
+    used = [*seeds(), *seeds(seed=1), *seeds(start=later)]
+    assert len(used) == len(set(used)) == 6
+
+
+def test_a_stream_is_of_the_world_and_of_the_actions():
+    def act(params, obs, key, step):
+        action = jax.random.randint(jax.random.fold_in(key, step), (), 0, 10**6)
+        return action, action
+
+    worlds = [Still(), Still()]
+    for seed, world in enumerate(worlds):
+        a3c.Actor(world, act, seed).rollout(np.zeros(1), 4)
+    assert [world.seeds for world in worlds] == [[0], [1]]
+    assert len({*worlds[0].acts, *worlds[1].acts}) == 8
+
+
+def test_a_gradient_is_that_of_the_parameters_that_acted():
+    """Plain descent on |theta|^2 / 2 at rate 1, the second worker's update within the first one's step.
+
+    Both gradients are the first theta, and -theta remains; a gradient in what had become of it would leave 0.
+    """
+    begun, updated = threading.Event(), threading.Event()
+
+    def wait():
+        begun.set()
+        updated.wait(10)
+
+    # The first step of the first world is for compiling; the second one's second shows that its update is done.
+    worlds = [Still((lambda: None, 0.0), (wait, 1.0)), Still((lambda: begun.wait(10), 1.0), (updated.set, 0.0))]
+
+    def objective(params, rollout, network, distribution):
+        return 0.5 * rollout.reward.mean() * sum(jnp.vdot(x, x) for x in jax.tree.leaves(params)), {}
+
+    descent = RMSProp(learning_rate=1.0, decay=1.0, eps=1.0, anneal=False, clip_norm=np.inf)
+    start = a3c.init(NETWORK, 0)
+    options = {"workers": 2, "unroll": 1, "steps": 2, "start": start, "optimizer": descent, "objective": objective}
+    found = train(make_world=worlds.__getitem__, **options)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, -y, rtol=1e-6), found.state.params, start.params)
+    assert found.staleness.max >= 1
 
 
 def test_workers_are_late_and_none_is_lost():

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from agent_cases import rollout, table
 from rl_worlds import bias, counting, linear_critic, many, noisy
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from diffrl.errors import UserError
 from diffrl.recipes import policies
@@ -22,6 +25,7 @@ from diffrl.rl.environment import Actions
 from diffrl.rl.on_policy import on_policy
 
 BOX = Actions(shape=(2,), low=-2.0, high=2.0)
+T, F = True, False
 
 
 @pytest.mark.parametrize("actions", [Actions(num=3), BOX], ids=["discrete", "continuous"])
@@ -83,6 +87,32 @@ def test_truncation_is_not_termination(world, value):
         assert found == pytest.approx(value, abs=1.0)
     else:  # between 1, the last step's, and the first one's (1 - 0.98^8) / 0.02
         assert 1.0 < found < 7.5
+
+
+@pytest.mark.parametrize("advantages", ["rollout", "epoch", "minibatch"])
+def test_targets_of_values_by_hand(advantages):
+    """Rewards 2 and 5, discount 1/2, lambda 1.  The last return is 5 + 4/2 = 7, of a rollout that is cut.
+
+    The first one is 2 + 7/2, 2 alone at an end, and 2 + 8/2 where the episode is cut in a state worth 8.
+    """
+    values = np.array([1.0, 2.0, 8.0, 4.0])
+    agent = ppo(
+        separate(table(4, 2), table(4, 1)), distributions.categorical(2), optax.sgd(1.0), value_weight=1.0,
+        discount=0.5, lam=1.0, advantages=advantages, epochs=1, minibatches=1,
+    )  # fmt: skip
+    start = agent.init(jax.random.key(0))
+    start = start._replace(params={**start.params, "value": jnp.asarray(values, jnp.float32)[:, None]})
+
+    def moved(terminated, truncated, after):
+        ends = (jnp.array([[end], [False]]) for end in (terminated, truncated))
+        steps = rollout([[0], [1]], [[0], [1]], [[2.0], [5.0]])
+        info = {**steps.info, "outputs": jnp.zeros((2, 1, 2))}
+        steps = Transition(steps.obs, steps.action, steps.reward, *ends, jnp.array([[after], [3]]), info)
+        return agent.update(start, steps, jax.random.key(0))[0].params["value"][:, 0] - start.params["value"][:, 0]
+
+    found = jax.jit(jax.vmap(moved))(jnp.array([F, T, F]), jnp.array([F, F, T]), jnp.array([1, 1, 2]))
+    want = [[(first - 1) / 2, (7 - 2) / 2, 0, 0] for first in (2 + 7 / 2, 2, 2 + 8 / 2)]
+    np.testing.assert_allclose(found, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("advantages", ["rollout", "epoch", "minibatch"])
@@ -191,6 +221,43 @@ def test_value_clipping_limits_the_value():
 
     assert 0.5 < value(0.5) < 6  # past the bound by one step at most
     assert value(None) > 90
+
+
+@pytest.mark.parametrize("advantages", ["rollout", "epoch", "minibatch"])
+def test_value_clipping_waives_no_error(advantages):
+    """Three epochs from 0 towards 1 with a clip of 0.2, by hand at three rates.
+
+    0.05: never beyond it, v + rate (1 - v) three times.  0.6: a value that has come nearer, to 0.6, is left there.
+    3: one thrown to 3, farther off than 0.2 is, is still pulled: 3, -3, 9.
+    """
+
+    def third(rate):
+        agent = ppo(
+            separate(bias(2), bias(1)), distributions.categorical(2), optax.sgd(rate), value_weight=1.0,
+            value_clip=0.2, normalise=False, advantages=advantages, epochs=3, minibatches=1,
+        )  # fmt: skip
+        rollout = bandit(jnp.ones(2), jnp.zeros(2), 8)
+        return agent.update(agent.init(jax.random.key(0)), rollout, jax.random.key(1))[0].params["value"][0]
+
+    found = jax.jit(jax.vmap(third))(jnp.array([0.05, 0.6, 3.0]))
+    np.testing.assert_allclose(found, [0.142625, 0.6, 9.0], rtol=1e-5)
+
+
+def test_the_penalty_is_the_divergence_from_the_policy_that_acted():
+    """Without advantages a step of SGD is down KL(p || q) alone, in q's logits q - p."""
+    before, now = np.array([2.0, 0.0, -1.0]), np.array([-0.5, 0.3, 1.0])
+    p, q = softmax(before), softmax(now)
+    agent = ppo(
+        separate(bias(3), bias(1)), distributions.categorical(3), optax.sgd(1.0), clip=None, kl_target=0.01,
+        normalise=False, epochs=1, minibatches=1,
+    )  # fmt: skip
+    state = agent.init(jax.random.key(0))
+    state = state._replace(params={"policy": jnp.asarray(now, jnp.float32), "value": jnp.zeros(1)})
+    rollout = bandit(jnp.zeros(3), jnp.asarray(before, jnp.float32), 8)
+    new, told = jax.jit(agent.update)(state, rollout, jax.random.key(1))
+    np.testing.assert_allclose(new.params["policy"] - now, p - q, atol=1e-5)
+    assert float(told["kl"]) == pytest.approx(entropy(p, q), rel=1e-4)
+    assert abs(entropy(p, q) - entropy(q, p)) > 0.1
 
 
 def test_mistakes_are_one_line():

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from agent_cases import corridor, learn, rollout, table
+from scipy.special import softmax
+from scipy.stats import entropy
 
 from diffrl.errors import UserError
 from diffrl.rl import distributions
@@ -84,6 +86,25 @@ def test_a_truncated_episode_bootstraps_where_there_is_a_baseline():
     np.testing.assert_allclose(added["policy"][:2], [[-0.125, 0.125], [-0.25, 0.25]])
     np.testing.assert_allclose(added["value"][:, 0], [-0.25, 0.5, 0, 0])
     assert float(told["value_loss"]) == pytest.approx((1 + 0.25) / 4)
+
+
+def test_entropy_is_sought_where_steps_count():
+    """Without rewards the step is uphill on the mean entropy; state 2 is in an episode that the rollout cuts."""
+    logits = np.array([LOGITS, -2 * LOGITS, 3 * LOGITS])
+    agent = reinforce(table(3, 3), distributions.categorical(3), optax.sgd(1.0), entropy=0.3)
+    start = agent.init(jax.random.key(0))
+    start = start._replace(params={**start.params, "policy": jnp.asarray(logits, jnp.float32)})
+    steps = rollout([[0], [1], [2]], [[0], [1], [2]], np.zeros((3, 1)), [[T], [T], [F]])
+    new, told = jax.jit(agent.update)(start, steps, jax.random.key(0))
+
+    def spread(logits):
+        return entropy(softmax(logits[:2], axis=1), axis=1).mean()
+
+    nudges = 1e-5 * np.eye(9).reshape(9, 3, 3)
+    slope = np.array([spread(logits + nudge) - spread(logits - nudge) for nudge in nudges]).reshape(3, 3) / 2e-5
+    np.testing.assert_allclose(new.params["policy"] - logits, 0.3 * slope, atol=1e-6)
+    assert np.abs(slope[:2]).max() > 0.05
+    assert float(told["entropy"]) == pytest.approx(spread(logits), rel=1e-5)
 
 
 def test_a_rollout_without_an_end_changes_nothing():

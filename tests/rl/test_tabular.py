@@ -147,6 +147,24 @@ def test_traces_speed_up_the_random_walk():
     assert best[0.8] < 0.9 * best[1.0]
 
 
+@pytest.mark.parametrize("method", ["sarsa", "td"])
+@pytest.mark.parametrize(("terminal", "want"), [(True, [0.375, 0.75]), (False, [0.40625, 0.8125])])
+def test_a_new_episode_begins_with_empty_traces(method, terminal, want):
+    """Two episodes of two steps by hand, 0 -> 1 and a reward of 1; alpha = discount = 1/2, lambda = 1.
+
+    The first leaves [1/4, 1/2].  In the second only its last step errs: by 1 - 1/2 where the episode has ended, and by
+    1 + 1/8 - 1/2 where it is cut at state 0.
+    """
+    process = mdp.from_outcomes([[[(1.0, 1, 0.0, False)]], [[(1.0, 0, 1.0, terminal)]]], np.eye(2)[0])
+    env, key = wrappers.time_limit(mdp.environment(process, "two"), 2), jax.random.key(0)
+    if method == "td":
+        values, _ = tabular.td_lambda(env, jnp.ones((2, 1)), 0.5, 0.5, 1.0, 4, key)
+    else:
+        learner = tabular.sarsa(0.5, 0.5, lam=1.0)
+        values = tabular.learn(env, learner, exploration.epsilon_greedy(0.0), 2, 4, key)[0].q[:, 0]
+    np.testing.assert_allclose(values, want)
+
+
 def test_monte_carlo_finds_the_optimum():
     lake = gridworlds.frozen_lake(slippery=False)
     env, rule = mdp.environment(lake, "lake"), exploration.epsilon_greedy(0.4)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from agent_cases import corridor, learn, rollout, table
 from jax.flatten_util import ravel_pytree
-from rl_worlds import linear, many, noisy
+from rl_worlds import bias, counting, linear, many, noisy
 
 from diffrl.nets.perceptron import Perceptron
 from diffrl.rl import distributions, driver
@@ -181,6 +181,32 @@ def test_without_a_direction_nothing_moves(reward):
     new, told = jax.jit(agent.update)(state, steps, jax.random.key(0))
     np.testing.assert_array_equal(new.params["policy"], state.params["policy"])
     assert float(told["kl"]) == float(told["step_fraction"]) == float(told["improvement"]) == 0
+
+
+@pytest.mark.parametrize(("terminated", "truncated", "first"), [(0, 0, 5.5), (1, 0, 2.0), (0, 1, 6.0)])
+def test_targets_of_values_by_hand(terminated, truncated, first):
+    """Rewards 2 and 5, discount 1/2, lambda 1.  The last return is 5 + 4/2 = 7, of a rollout that is cut.
+
+    The first one is 2 + 7/2, 2 alone at an end, and 2 + 8/2 where the episode is cut in a state worth 8.
+    """
+    values = np.array([1.0, 2.0, 8.0, 4.0])
+    agent = trpo(table(4, 2), table(4, 1), distributions.categorical(2), optax.sgd(1.0), discount=0.5, lam=1.0,
+                 value_epochs=1, value_minibatches=1)  # fmt: skip
+    start = agent.init(jax.random.key(0))
+    start = start._replace(params={**start.params, "value": jnp.asarray(values, jnp.float32)[:, None]})
+    ends = ([[end], [0]] for end in (terminated, truncated))
+    after = [[2 if truncated else 1], [3]]
+    steps = rollout([[0], [1]], [[0], [1]], [[2.0], [5.0]], *ends, after)
+    new, _ = jax.jit(agent.update)(start, steps, jax.random.key(0))
+    np.testing.assert_allclose(new.params["value"][:, 0] - values, [(first - 1) / 2, (7 - 2) / 2, 0, 0], rtol=1e-5)
+
+
+def test_values_of_a_world_without_end_are_not_cut():
+    """Reward 1 for ever at discount 0.98 is worth 50, however often the episode is cut."""
+    agent = trpo(bias(2), bias(1), distributions.categorical(2), optax.sgd(0.3), discount=0.98)
+    run = on_policy(many(counting(limit=8), 4), agent, 16)
+    state, _ = jax.jit(lambda key: driver.repeat(run.step, 100)(run.init(key), None))(jax.random.key(0))
+    assert float(state.agent.params["value"][0]) == pytest.approx(50.0, abs=1.0)
 
 
 def test_it_walks_down_a_corridor_and_knows_how_far_it_is():

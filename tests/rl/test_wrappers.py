@@ -66,6 +66,15 @@ def test_autoreset_may_keep_the_first_state():
     np.testing.assert_array_equal(states.obs[:, 1], [1, 0, 1, 0])
 
 
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_discounted_returns_begin_anew(keep_first):
+    """In every episode, and without what its last action paid."""
+    env = wrappers.autoreset(wrappers.discounted_return(wrappers.time_limit(counter(), 3), 0.5), keep_first)
+    first, states = play(env, [1, 2, 3, 4, 5, 6, 7])
+    assert float(first.info["discounted_return"]) == 0
+    np.testing.assert_array_equal(states.info["discounted_return"], [1, 2.5, 4.25, 4, 7, 9.5, 7])
+
+
 def test_worlds_do_not_depend_on_how_many_there_are():
     few, many = (play(wrappers.vectorize(wrappers.autoreset(counter(2)), n), np.ones((3, n)))[1] for n in (2, 5))
     np.testing.assert_array_equal(few.obs, many.obs[:, :2])

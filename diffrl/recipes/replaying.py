@@ -42,7 +42,7 @@ def driver(
             f"--config.{section}.batch={settings.batch} is no multiple of --config.{section}.groups={settings.groups}: "
             "choose one"
         )
-    rows = max(settings.n_step, settings.unroll + settings.n_step - 1)
+    rows = settings.unroll + settings.n_step - 1
     if settings.buffer // num < rows:
         raise UserError(
             f"--config.{section}.buffer={settings.buffer} keeps {settings.buffer // num} steps of each of {num} worlds "

@@ -108,8 +108,6 @@ def _check(num: int, groups: int, batch: int, unroll: int, updates: int, start: 
     for name, value in {"groups": groups, "batch": batch, "unroll": unroll, "updates": updates, "start": start}.items():
         if value < 1:
             raise UserError(f"{name}={value}: choose at least 1")
-    for name, value in {"worlds": num, "a batch": batch}.items():
+    for name, value in {"worlds": num, "transitions of a batch": batch}.items():
         if value % groups:
-            raise UserError(
-                f"{value} {name.removeprefix('a ')} cannot be dealt into {groups} groups: choose a multiple"
-            )
+            raise UserError(f"{value} {name} cannot be dealt into {groups} groups: choose a multiple")

@@ -147,6 +147,18 @@ def test_traces_speed_up_the_random_walk():
     assert best[0.8] < 0.9 * best[1.0]
 
 
+def test_monte_carlo_explores_by_the_steps_of_all_episodes():
+    """Four episodes of two steps: a rule that changes its mind after four of all steps takes each action in two."""
+    process = mdp.from_outcomes([[[(1.0, 1, 0.0, False)]] * 2, [[(1.0, 0, 1.0, True)]] * 2], np.eye(2)[0])
+    env = mdp.environment(process, "two")
+
+    def rule(q, visits, step):
+        return jax.nn.one_hot(jnp.where(step >= 4, 1, 0), 2)
+
+    table, _ = tabular.monte_carlo(env, rule, 2, 3, 4, 0.5, jax.random.key(0))
+    np.testing.assert_array_equal(table.visits, [[2, 2], [2, 2]])
+
+
 @pytest.mark.parametrize("method", ["sarsa", "td"])
 @pytest.mark.parametrize(("terminal", "want"), [(True, [0.375, 0.75]), (False, [0.40625, 0.8125])])
 def test_a_new_episode_begins_with_empty_traces(method, terminal, want):
